@@ -1,0 +1,1 @@
+"""The REST job API. Empty until the service is built; uses `workers` and `merger`."""
