@@ -1,0 +1,115 @@
+"""Facts about model families that averaging depends on. Knows configs and tensor names; knows nothing of files or values."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+# Routers' correction biases and the like are kept in float32 by the models that have them (transformers
+# `_keep_in_fp32_modules`): lower precision changes which experts are picked.
+_KEPT_IN_FLOAT32 = re.compile(r"e_score_correction_bias|expert_bias|moe_statics|\bmlp\.gate\.wg\b")
+# Running statistics of batch normalisation: they belong to one set of weights and are not averaged
+# (Izmailov et al. 2018, section 3.2: recompute them with a pass over the data).
+_RUNNING_STATISTICS = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+# Keys that say nothing about the function that the weights compute.
+_INCIDENTAL = {
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "tie_word_embeddings",  # handled by itself
+    "architectures",
+}
+
+
+def kept_in_float32(name: str) -> bool:
+    """Whether the tensor stays in float32 when a checkpoint is written in a narrower dtype."""
+    return bool(_KEPT_IN_FLOAT32.search(name))
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether the tensor is a running statistic of batch normalisation."""
+    return bool(_RUNNING_STATISTICS.search(name))
+
+
+def embedding_of(names: Collection[str]) -> str | None:
+    """The name of the input embedding, or None where there is not exactly one."""
+    return _only(name for name in names if _EMBEDDINGS.search(name))
+
+
+def head_of(names: Collection[str]) -> str | None:
+    """The name of the output head, or None where there is not exactly one."""
+    return _only(name for name in names if _HEADS.search(name))
+
+
+def _only(found: Any) -> str | None:
+    names = list(found)
+    return names[0] if len(names) == 1 else None
+
+
+def ties_embeddings(config: Config | None) -> bool:
+    """Whether the config says that the output head is the input embedding."""
+    return bool(config) and bool(_text_config(config).get("tie_word_embeddings", False))
+
+
+def untied(config: Config) -> dict[str, Any]:
+    """The config with the head and the embedding apart."""
+    return _replaced(config, "tie_word_embeddings", False)
+
+
+def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
+    """The config naming another dtype (torch's name for it), under the keys that it has: `dtype`, before v5 `torch_dtype`."""
+    present = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    changed = dict(config)
+    for key in present:
+        changed = _replaced(changed, key, dtype)
+    return changed
+
+
+def _text_config(config: Config | None) -> Config:
+    inner = (config or {}).get("text_config")
+    return {**(config or {}), **inner} if isinstance(inner, Mapping) else (config or {})
+
+
+def _replaced(config: Config, key: str, value: Any) -> dict[str, Any]:
+    """`config` with `key` set at the top and wherever a part of a multimodal model (`*_config`) has it too."""
+    parts = {
+        name: {**part, key: value}
+        for name, part in config.items()
+        if name.endswith("_config") and isinstance(part, Mapping) and key in part
+    }
+    return {**config, **parts, key: value}
+
+
+def differences(first: Config | None, other: Config | None) -> dict[str, tuple[Any, Any]]:
+    """The keys, dotted, under which two configs differ in what the model computes, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    a, b = _flat(first or {}), _flat(other or {})
+    for key in sorted(a.keys() | b.keys()):
+        if key.rpartition(".")[2] not in _INCIDENTAL and a.get(key) != b.get(key):
+            found[key] = (a.get(key), b.get(key))
+    return found
+
+
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor belongs to: its name up to the first number (`model.layers.3`), else its first two parts."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", name)
+    return match[1] if match else ".".join(name.split(".")[:2])

@@ -1,0 +1,64 @@
+"""How the work fits into the memory that was allowed. Pure arithmetic on a plan; knows nothing of threads or files.
+
+Every thread has a block of the output file to fill and a buffer for what the block is made from. Neither
+grows with the model: a block holds pieces of tensors, and many sources only make the pieces smaller.
+"""
+
+import os
+from dataclasses import dataclass
+
+from merger.checksum import LEAF
+from merger.errors import NotEnoughMemory
+from merger.expression import Expression
+from merger.plan import Plan
+
+PAGE = 4096
+LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
+SMALLEST_PIECE = 1024  # elements
+DEFAULT_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """Threads, and the bytes that each of them holds: a block of output and a buffer for its inputs."""
+
+    threads: int
+    block: int
+    buffer: int
+
+    @property
+    def memory(self) -> int:
+        return self.threads * (self.block + self.buffer)
+
+
+def read_cost(expression: Expression, elements: int) -> int:
+    """The most buffer that reading for `elements` elements takes, in bytes: ranges widen to whole pages at both ends."""
+    return sum(elements * leaf.itemsize + 2 * PAGE for leaf in expression.leaves())
+
+
+def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Allotment:
+    """Divide `memory` bytes among `threads` (twice the processors without), with fewer threads where it is scarce.
+
+    Raises NotEnoughMemory with the number that would do.
+    """
+    widest = max((tensor for tensor in plan.checkpoint.tensors.values()), key=lambda tensor: read_cost(tensor, 1))
+    least = read_cost(widest, SMALLEST_PIECE)
+    wanted = threads or 2 * (os.cpu_count() or 1)
+    for count in range(wanted, 0, -1):
+        block = _block(memory // count)
+        buffer = min(memory // count - block, read_cost(widest, block // widest.itemsize))
+        if block >= LEAF and buffer >= least:
+            return Allotment(count, block, buffer)
+    raise NotEnoughMemory(
+        f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
+        where="--memory",
+        remedy=f"Allow at least --memory {-(-2 * (least + LEAF) // 1024)}KiB.",
+    )
+
+
+def _block(share: int) -> int:
+    """The block for a thread that may hold `share` bytes: a quarter of it, a power of two times LEAF."""
+    block = LARGEST_BLOCK
+    while block > share // 4 and block >= LEAF:
+        block //= 2
+    return block

@@ -1,0 +1,116 @@
+"""A checkpoint: names to expressions, known before any value is read. Knows what a model is made of; reads no weights.
+
+A checkpoint that lies in a folder and one that a method has made are the same thing: the tensors of the
+first are `Stored`, those of the second are computed from stored ones.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merger.architecture import kept_in_float32, ties_embeddings, with_dtype
+from merger.dtypes import DTYPES, TORCH_NAMES
+from merger.expression import Expression, File, Stored, cast
+from merger.storage.folder import ModelFolder, open_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stored model that takes part: what the recipe called it, where it is, and the files that are read."""
+
+    reference: str
+    step: int | None
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source and the weight with which it enters the result."""
+
+    source: Source
+    weight: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as expressions. `parts` says which stored models it is made of; `notes` are for the person
+    who asked, `warnings` too, and are refused under --strict. `label` is what a person calls it."""
+
+    tensors: Mapping[str, Expression]
+    config: Mapping[str, Any] | None
+    side_files: Mapping[str, Path]
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    label: str = ""
+
+    def noting(self, note: str) -> "Checkpoint":
+        """The same checkpoint with one more note."""
+        return replace(self, notes=(*self.notes, note))
+
+    def named(self, label: str) -> "Checkpoint":
+        """The same checkpoint under another name."""
+        return replace(self, label=label)
+
+    def with_side_files_of(self, giver: "Checkpoint") -> "Checkpoint":
+        """The same tensors with another model's config, tokenizer and other side files; ties stay as they are here."""
+        config = giver.config
+        if config and ties_embeddings(config) != ties_embeddings(self.config):
+            config = {**config, "tie_word_embeddings": ties_embeddings(self.config)}
+        return replace(self, config=config, side_files=giver.side_files)
+
+
+def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The checkpoint with its floating tensors in another dtype, but for those that models keep in float32."""
+    tensors = {
+        name: tensor
+        if not DTYPES[tensor.dtype].is_float or (tensor.dtype == "F32" and kept_in_float32(name))
+        else cast(tensor, dtype)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    config = with_dtype(checkpoint.config, TORCH_NAMES[dtype]) if checkpoint.config else None
+    return replace(checkpoint, tensors=tensors, config=config)
+
+
+def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
+    """The checkpoint in a local folder (or one .safetensors file); reads headers, config and names only.
+
+    Raises SourceError, FormatError or PickledWeights.
+    """
+    model = open_folder(folder)
+    tensors: dict[str, Expression] = {}
+    files = []
+    for weights in model.files:
+        header = weights.header
+        file = File(weights.path, header.file_size, weights.mtime_ns, header.sha256)
+        files.append(file)
+        for name, tensor in header.tensors.items():
+            tensors[name] = Stored(tensor.dtype, tensor.shape, file, tensor.start)
+    source = Source(reference or str(folder), step_of(folder), tuple(files))
+    return Checkpoint(
+        tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference or str(folder)
+    )
+
+
+def _notes(model: ModelFolder) -> tuple[str, ...]:
+    notes = []
+    if model.training_state:
+        notes.append(f"training state is left alone: {', '.join(model.training_state)} in {model.path.name}")
+    if any("--" not in str(value) for value in (model.config or {}).get("auto_map", {}).values()):
+        notes.append(f"{model.path.name} needs code of its own (auto_map), which is not carried along")
+    return tuple(notes)
+
+
+def step_of(folder: Path) -> int | None:
+    """The training step of a checkpoint: the last number in the folder's name, else the trainer's `global_step`."""
+    numbers = re.findall(r"\d+", folder.stem if folder.suffix == ".safetensors" else folder.name)
+    if numbers:
+        return int(numbers[-1])
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int else None

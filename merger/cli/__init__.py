@@ -1,0 +1,1 @@
+"""The `merger` command: one file a verb."""

@@ -1,0 +1,66 @@
+"""`merger inspect`: what a model is, from its headers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merger.checkpoint import Checkpoint, open_checkpoint
+from merger.cli.terminal import as_json, gigabytes
+
+
+@click.command(name="inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--tensors", "all_tensors", is_flag=True, help="List every tensor.")
+@as_json
+def command(model: Path, all_tensors: bool, as_json: bool) -> None:
+    """Show the tensors, dtypes and sizes of MODEL, a folder or a safetensors file. No weight is read."""
+    checkpoint = open_checkpoint(model)
+    data = _as_data(checkpoint, all_tensors=all_tensors or as_json)
+    click.echo(json.dumps(data, indent=2) if as_json else _as_text(data))
+
+
+def _as_data(checkpoint: Checkpoint, *, all_tensors: bool) -> dict[str, Any]:
+    config = checkpoint.config or {}
+    dtypes: dict[str, dict[str, int]] = {}
+    for tensor in checkpoint.tensors.values():
+        row = dtypes.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += tensor.nbytes
+    return {
+        "model": checkpoint.label,
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "step": checkpoint.parts[0].source.step,
+        "parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+        "dtypes": dtypes,
+        "files": [{"name": file.path.name, "bytes": file.size} for file in checkpoint.parts[0].source.files],
+        "side_files": sorted(checkpoint.side_files),
+        "notes": list(checkpoint.notes),
+        "tensors": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for name, tensor in checkpoint.tensors.items()
+            if all_tensors
+        },
+    }
+
+
+def _as_text(data: dict[str, Any]) -> str:
+    size = sum(file["bytes"] for file in data["files"])
+    kind = ", ".join(data["architectures"] or []) or data["model_type"] or "unknown (no config.json)"
+    lines = [
+        f"model       {data['model']}",
+        f"kind        {kind}",
+        f"parameters  {data['parameters']:,}",
+        f"files       {len(data['files'])}, {gigabytes(size)}",
+        *(
+            f"dtype       {name}: {row['tensors']:,} tensors, {gigabytes(row['bytes'])}"
+            for name, row in data["dtypes"].items()
+        ),
+        f"beside it   {', '.join(data['side_files']) or 'nothing that travels with it'}",
+        *(f"note        {note}" for note in data["notes"]),
+        *(f"{row['dtype']:>8}  {row['shape']!s:24}  {name}" for name, row in data["tensors"].items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""The `merger` command. Knows its verbs and how errors reach a person; each verb is in a file of its own.
+
+Verbs of higher floors join through the entry-point group `merger.verbs`.
+"""
+
+import signal
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import merger
+from merger.errors import Interrupted, MergerError, exit_code
+
+VERBS = {
+    "run": "make the result of a recipe, going on where an earlier run stopped",
+    "plan": "what a recipe would read, compute and write; no weight is read",
+    "average": "average checkpoints without writing a recipe",
+    "inspect": "tensors, dtypes and sizes of a model, from its headers",
+    "diff": "how far two checkpoints are apart, layer by layer",
+    "verify": "check a checkpoint: files, checksums, finite values",
+    "methods": "the methods, their fields, papers and examples",
+}
+
+
+class _Verbs(click.Group):
+    """Verbs by name, each imported when it is used: `merger --help` loads none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*VERBS, *sorted(entry.name for entry in entry_points(group="merger.verbs"))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in VERBS:
+            return _command(import_module(f"merger.cli.{name}").command)
+        return next((_command(entry.load()) for entry in entry_points(group="merger.verbs", name=name)), None)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        others = [(name, "") for name in self.list_commands(ctx) if name not in VERBS]
+        with formatter.section("Verbs"):
+            formatter.write_dl([*VERBS.items(), *others])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            error.message = error.message.replace("No such command", "there is no verb")
+            raise
+
+
+def _command(value: object) -> click.Command:
+    if not isinstance(value, click.Command):
+        raise TypeError(f"{value} is not a command")
+    return value
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(merger.__version__, prog_name="merger")
+def merger_command() -> None:
+    """Make new model checkpoints out of old ones."""
+
+
+def main() -> NoReturn:
+    """Run the command and exit: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        merger_command(prog_name="merger", standalone_mode=False)
+    except MergerError as error:
+        _say(error)
+        sys.exit(exit_code(error))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        stopped = Interrupted("interrupted")
+        _say(stopped)
+        sys.exit(exit_code(stopped))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _say(error: MergerError) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)

@@ -1,0 +1,87 @@
+"""`merger plan`: what a recipe would do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merger.budget import Allotment
+from merger.cli.run import with_output
+from merger.cli.terminal import gigabytes, running_options
+from merger.plan import Plan
+from merger.preflight import check_disk, free_space
+from merger.publish import check_free, finished_shards
+from merger.recipe import Document, read_document
+from merger.run import Options, output_of, plan_of
+
+
+@click.command(name="plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field, as in --set k=8.")
+@running_options
+def command(recipe: Path, changes: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
+    """Show what RECIPE would read, compute and write, or why it would be refused. No weight is read."""
+    document = read_document(recipe, with_output(changes, output))
+    plan, allotment = plan_of(document, Options(**options))
+    finished = _check_output(document, plan)
+    data = _as_data(plan, allotment, finished, document)
+    click.echo(json.dumps(data, indent=2) if as_json else _as_text(data))
+
+
+def _check_output(document: Document, plan: Plan) -> int:
+    """The checks of the output folder, where the recipe names one; how many bytes of it are finished."""
+    if document.output.path is None:
+        return 0
+    output = output_of(document)
+    check_free(output, plan)
+    finished = sum(receipt.size for receipt in finished_shards(output, plan))
+    check_disk(plan, output, finished)
+    return finished
+
+
+def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document) -> dict[str, Any]:
+    return {
+        "method": document.recipe.method,
+        "output": document.output.path,
+        "fingerprint": plan.fingerprint,
+        "parameters": plan.parameters,
+        "tensors": len(plan.checkpoint.tensors),
+        "read_bytes": plan.read_size,
+        "write_bytes": plan.size,
+        "finished_bytes": finished,
+        "free_bytes": free_space(Path(document.output.path or ".").expanduser()),
+        "memory": {"bytes": allotment.memory, "threads": allotment.threads},
+        "shards": [{"file": shard.name, "bytes": shard.size, "tensors": len(shard.entries)} for shard in plan.shards],
+        "sources": [
+            {"reference": part.source.reference, "step": part.source.step, "weight": part.weight}
+            for part in plan.checkpoint.parts
+        ],
+        "side_files": sorted(plan.checkpoint.side_files),
+        "warnings": list(plan.checkpoint.warnings),
+        "notes": list(plan.checkpoint.notes),
+    }
+
+
+def _as_text(data: dict[str, Any]) -> str:
+    lines = [
+        f"method      {data['method']}",
+        f"output      {data['output'] or '(none yet: name one with -o)'}",
+        f"parameters  {data['parameters']:,} in {data['tensors']:,} tensors",
+        f"read        {gigabytes(data['read_bytes'])}",
+        f"write       {gigabytes(data['write_bytes'])} in {len(data['shards'])} files"
+        + (f", {gigabytes(data['finished_bytes'])} are finished" if data["finished_bytes"] else ""),
+        f"disk        {gigabytes(data['free_bytes'])} free",
+        f"memory      {gigabytes(data['memory']['bytes'])} of buffers in {data['memory']['threads']} threads",
+        f"plan        {data['fingerprint'][:16]}",
+        "sources",
+        *(_source_line(source) for source in data["sources"]),
+    ]
+    lines += [f"warning     {warning}" for warning in data["warnings"]]
+    lines += [f"note        {note}" for note in data["notes"]]
+    return "\n".join(lines)
+
+
+def _source_line(source: dict[str, Any]) -> str:
+    step = f"  step {source['step']}" if source["step"] is not None else ""
+    return f"  {source['weight']:12.6g}  {source['reference']}{step}"

@@ -1,0 +1,143 @@
+"""What verbs share on a terminal: progress bars, sizes, options. Knows rich and click; knows nothing of models."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import click
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+
+from merger.receipt import Receipt
+from merger.recipe import size_in_bytes
+from merger.run import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return size_in_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def running_options(command: F) -> F:
+    """The options of every verb that makes or plans a result."""
+    for option in reversed(
+        [
+            click.option("-o", "--output", metavar="FOLDER", help="The folder to make; overrides the recipe."),
+            click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Memory for buffers."),
+            click.option("--threads", type=click.IntRange(1, 256), help="Threads; twice the processors without."),
+            click.option("--strict", is_flag=True, help="Refuse what would otherwise be a warning."),
+            as_json,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def gigabytes(count: float) -> str:
+    """A number of bytes for people: 2.20 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def watching(*, quiet: bool) -> "Bar | Lines | Silent":
+    """A bar on a terminal, plain lines in a log, nothing where the output is JSON."""
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+class Silent(Progress):
+    """Says nothing."""
+
+    def begin(self, total: int, done: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def finished(self, receipt: Receipt) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class Bar(Silent):
+    """A bar with bytes, speed and the time that is left, on standard error."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # noqa: PLC0415
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+
+    def begin(self, total: int, done: int) -> None:
+        self._task = self._bar.add_task("writing", total=total, completed=done)
+        self._bar.start()
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._bar.stop()
+
+
+class Lines(Silent):
+    """A line every few seconds and one a shard, on standard error."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._total = self._done = 0
+        self._next = 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self._total, self._done = total, done
+        self._began, self._first, self._next = time.monotonic(), done, time.monotonic() + self.EVERY
+        resumed = f", {gigabytes(done)} are there from an earlier run" if done else ""
+        click.echo(f"writing {gigabytes(total)}{resumed}", err=True)
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + self.EVERY
+            speed = (self._done - self._first) / (now - self._began)
+        left = (self._total - self._done) / speed
+        click.echo(
+            f"{gigabytes(self._done)} of {gigabytes(self._total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left", err=True
+        )
+
+    def finished(self, receipt: Receipt) -> None:
+        click.echo(f"finished {receipt.file}", err=True)

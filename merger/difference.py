@@ -1,0 +1,119 @@
+"""How far two checkpoints are apart. Knows tensors and sums of squares; draws and prints nothing.
+
+Sums are float64 over fixed blocks, added in the order of the blocks: the same figures for any number of threads.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from merger.architecture import layer_of
+from merger.checkpoint import Checkpoint
+from merger.dtypes import DTYPES
+from merger.errors import IncompatibleSources, SourceChanged
+from merger.expression import Stored
+from merger.kernels import Bytes, compare
+from merger.storage.disk import PAGE, InputFile, page_aligned
+
+_BLOCK = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Sums over pairs of values a, b: of a^2, b^2, ab and (a - b)^2, the largest |a - b|, and the number of pairs."""
+
+    elements: int = 0
+    a_squared: float = 0.0
+    b_squared: float = 0.0
+    product: float = 0.0
+    difference_squared: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Self) -> "Distance":
+        return Distance(
+            self.elements + other.elements,
+            self.a_squared + other.a_squared,
+            self.b_squared + other.b_squared,
+            self.product + other.product,
+            self.difference_squared + other.difference_squared,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def relative(self) -> float:
+        """|a - b| / |a|; 0 where both are zero, infinite where only a is."""
+        if self.difference_squared == 0:
+            return 0.0
+        return math.sqrt(self.difference_squared / self.a_squared) if self.a_squared else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between a and b; 1 where they are equal, 0 where one of them is zero."""
+        if self.difference_squared == 0:
+            return 1.0
+        norms = math.sqrt(self.a_squared) * math.sqrt(self.b_squared)
+        return max(-1.0, min(1.0, self.product / norms)) if norms else 0.0
+
+
+def measure(a: Checkpoint, b: Checkpoint, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, Distance]:
+    """The distance of every floating tensor that both have, by name. Raises IncompatibleSources where shapes differ."""
+    pairs = list(_pairs(a, b))
+    files = {leaf.file: InputFile(leaf.file.path, leaf.file.size) for _, *leaves in pairs for leaf in leaves}
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return {
+                name: sum(
+                    pool.map(lambda block: _block(files, first, other, block, on_bytes), _blocks(first)), Distance()
+                )
+                for name, first, other in pairs
+            }
+    except OSError as error:
+        raise SourceChanged(f"cannot be read any more: {error.strerror}", where=str(error.filename)) from error
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _pairs(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, Stored, Stored]]:
+    for name, first in a.tensors.items():
+        other = b.tensors.get(name)
+        if not isinstance(first, Stored) or not isinstance(other, Stored):
+            continue
+        if first.shape != other.shape:
+            raise IncompatibleSources(
+                f"has the shape {list(first.shape)} in {a.label} and {list(other.shape)} in {b.label}",
+                where=f"tensor {name!r}",
+            )
+        if DTYPES[first.dtype].is_float and DTYPES[other.dtype].is_float:
+            yield name, first, other
+
+
+def _blocks(tensor: Stored) -> range:
+    return range(0, math.prod(tensor.shape), _BLOCK)
+
+
+def _block(
+    files: Mapping[object, InputFile], a: Stored, b: Stored, start: int, on_bytes: Callable[[int], None]
+) -> Distance:
+    stop = min(start + _BLOCK, math.prod(a.shape))
+    values = []
+    for tensor in (a, b):
+        part = tensor.range(start, stop)
+        buffer = page_aligned(part.stop - part.start + 2 * PAGE)
+        values.append(files[tensor.file].read(part.start, part.stop, buffer))
+        on_bytes(part.stop - part.start)
+    return Distance(stop - start, *compare(values[0], a.dtype, values[1], b.dtype))
+
+
+def by_layer(distances: Mapping[str, Distance]) -> dict[str, Distance]:
+    """Distances added up over the tensors of each layer, in the order of the tensors' names."""
+    layers: dict[str, Distance] = {}
+    for name, distance in distances.items():
+        layer = layer_of(name)
+        layers[layer] = layers.get(layer, Distance()) + distance
+    return layers

@@ -1,0 +1,359 @@
+"""Streams a plan's shards to disk. Knows blocks, threads and buffers; knows nothing of methods, recipes or models.
+
+Each thread takes the next block of the output, reads what it is made from, computes it and writes it; twice
+as many threads as processors keep the disk and the processors busy at once. A shard is written beside its
+place, synced, renamed, and then its receipt follows. The bytes do not depend on threads, blocks or retries:
+every element is computed for itself, by the same operations in the same order.
+"""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from merger.budget import PAGE, Allotment, read_cost
+from merger.checksum import LEAF, checksum, leaves
+from merger.dtypes import DTYPES
+from merger.errors import MergerError, NonFiniteInput, SourceChanged, WriteFailed
+from merger.expression import ByteRange, Expression, Fetch, File
+from merger.kernels import Bytes, count_non_finite
+from merger.plan import Shard
+from merger.receipt import FOLDER, Receipt, write_receipt
+from merger.storage.disk import InputFile, OutputFile, page_aligned, round_up, sync_folder
+
+OnBytes = Callable[[int], None]
+OnShard = Callable[[Receipt], None]
+
+
+def write_shards(
+    shards: Sequence[Shard],
+    output: Path,
+    allotment: Allotment,
+    fingerprint: str,
+    *,
+    strict: bool = False,
+    on_bytes: OnBytes = lambda count: None,
+    on_shard: OnShard = lambda receipt: None,
+) -> list[Receipt]:
+    """Make the shards in the folder `output` (with its `.merger` folder) and return their receipts.
+
+    `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread. Raises ReadFailed, WriteFailed,
+    SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
+    """
+    work = _Work(shards, output, allotment.block, fingerprint, on_shard)
+    inputs = _OpenFiles()
+    threads = [
+        threading.Thread(target=_fill_blocks, args=(work, inputs, allotment, strict, on_bytes), name=f"engine-{i}")
+        for i in range(allotment.threads)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        work.stop()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        inputs.close()
+        work.close()
+    if work.error:
+        raise work.error
+    return work.receipts
+
+
+# ---- the blocks ---------------------------------------------------------------------------------------
+
+
+class _OpenShard:
+    """A shard while it is written: its file, what is left of it, and what its receipt will say."""
+
+    def __init__(self, shard: Shard, output: Path, block: int) -> None:
+        self.shard = shard
+        self.offsets = [entry.offset for entry in shard.entries]
+        self.partial = output / FOLDER / shard.name
+        self.file = OutputFile(self.partial, shard.size)
+        self.left = -(-shard.data_size // block)
+        self.checksums = bytearray(8 * -(-shard.data_size // LEAF))
+        self.non_finite: dict[str, int] = {}
+        self.overflowed: dict[str, int] = {}
+        header = page_aligned(len(shard.header))
+        header[:] = np.frombuffer(shard.header, np.uint8)
+        self.file.write(header, 0)
+
+
+class _Block(NamedTuple):
+    """Bytes `start` to `stop` of a shard's data."""
+
+    of: _OpenShard
+    start: int
+    stop: int
+
+
+class _Work:
+    """The blocks that are left, handed out in order; finishes a shard with its last block. Safe for threads."""
+
+    def __init__(self, shards: Iterable[Shard], output: Path, block: int, fingerprint: str, on_shard: OnShard) -> None:
+        self.receipts: list[Receipt] = []
+        self.error: BaseException | None = None
+        self._output, self._block, self._fingerprint, self._on_shard = output, block, fingerprint, on_shard
+        self._lock = threading.Lock()
+        self._open: set[_OpenShard] = set()
+        self._stopped = False
+        self._blocks = self._all_blocks(shards)
+
+    def _all_blocks(self, shards: Iterable[Shard]) -> Iterator[_Block]:
+        for shard in shards:
+            current = _OpenShard(shard, self._output, self._block)
+            self._open.add(current)
+            if not current.left:
+                self._finish(current)
+            for start in range(0, shard.data_size, self._block):
+                yield _Block(current, start, min(start + self._block, shard.data_size))
+
+    def take(self) -> _Block | None:
+        """The next block, or None where nothing is left or the work was stopped."""
+        with self._lock:
+            return None if self._stopped else next(self._blocks, None)
+
+    def done(self, block: _Block, checksums: bytes) -> None:
+        """Note a written block; the last of a shard finishes the shard."""
+        position = 8 * (block.start // LEAF)
+        with self._lock:
+            block.of.checksums[position : position + len(checksums)] = checksums
+            block.of.left -= 1
+            last = block.of.left == 0
+        if last:
+            self._finish(block.of)
+
+    def count(self, block: _Block, name: str, bad: int, *, from_input: bool) -> None:
+        """Note that `bad` values of a tensor are not finite."""
+        with self._lock:
+            counts = block.of.non_finite if from_input else block.of.overflowed
+            counts[name] = counts.get(name, 0) + bad
+
+    def _finish(self, current: _OpenShard) -> None:
+        current.file.finish()
+        current.file.close()
+        self._open.discard(current)
+        current.partial.rename(self._output / current.shard.name)
+        sync_folder(self._output)
+        receipt = Receipt(
+            current.shard.name,
+            current.shard.size,
+            checksum(current.shard.header, current.checksums),
+            self._fingerprint,
+            current.non_finite,
+            current.overflowed,
+        )
+        write_receipt(self._output, receipt)
+        self.receipts.append(receipt)
+        self._on_shard(receipt)
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Hand out nothing more; the first error is the one that counts."""
+        with self._lock:
+            self._stopped = True
+            self.error = self.error or error
+
+    def close(self) -> None:
+        for current in self._open:
+            current.file.close()
+            current.partial.unlink(missing_ok=True)
+
+
+def _fill_blocks(work: _Work, inputs: "_OpenFiles", allotment: Allotment, strict: bool, on_bytes: OnBytes) -> None:
+    """What each thread does."""
+    try:
+        output, buffer = page_aligned(allotment.block), page_aligned(allotment.buffer)
+        while block := work.take():
+            size = block.stop - block.start
+            data = output[:size]
+            for batch in _batches(block, data, buffer.size):
+                _evaluate(work, block, batch, inputs, buffer, strict)
+            output[size : round_up(size)] = 0
+            block.of.file.write(output[: round_up(size)], len(block.of.shard.header) + block.start)
+            work.done(block, leaves(data))
+            on_bytes(size)
+    except OSError as error:
+        work.stop(WriteFailed(str(error.strerror), where=str(error.filename or "")))
+    except BaseException as error:
+        work.stop(error)
+
+
+class _Piece(NamedTuple):
+    """Elements `start` to `stop` of a tensor, and the part of the block that they fill."""
+
+    name: str
+    expression: Expression
+    start: int
+    stop: int
+    out: Bytes
+
+
+def _pieces(block: _Block, data: Bytes) -> Iterator[_Piece]:
+    """The parts of tensors that lie in a block."""
+    entries = block.of.shard.entries
+    for entry in entries[max(0, bisect_right(block.of.offsets, block.start) - 1) :]:
+        if entry.offset >= block.stop:
+            return
+        itemsize = entry.expression.itemsize
+        begin = max(block.start, entry.offset)
+        end = min(block.stop, entry.offset + entry.expression.nbytes)
+        if begin < end:
+            out = data[begin - block.start : end - block.start]
+            first = (begin - entry.offset) // itemsize
+            yield _Piece(entry.name, entry.expression, first, first + (end - begin) // itemsize, out)
+
+
+def _batches(block: _Block, data: Bytes, capacity: int) -> Iterator[list[_Piece]]:
+    """The pieces of a block in batches whose inputs fit the buffer; a piece too large for it is divided."""
+    batch: list[_Piece] = []
+    taken = 0
+    for piece in _pieces(block, data):
+        for part in _divided(piece, capacity):
+            cost = read_cost(part.expression, part.stop - part.start)
+            if batch and taken + cost > capacity:
+                yield batch
+                batch, taken = [], 0
+            batch.append(part)
+            taken += cost
+    if batch:
+        yield batch
+
+
+def _divided(piece: _Piece, capacity: int) -> Iterator[_Piece]:
+    count = piece.stop - piece.start
+    fixed = read_cost(piece.expression, 0)
+    per_element = read_cost(piece.expression, 1) - fixed
+    largest = max(1, (capacity - fixed) // per_element)
+    itemsize = piece.expression.itemsize
+    for first in range(0, count, largest):
+        last = min(first + largest, count)
+        yield piece._replace(
+            start=piece.start + first, stop=piece.start + last, out=piece.out[first * itemsize : last * itemsize]
+        )
+
+
+def _evaluate(
+    work: _Work, block: _Block, batch: Sequence[_Piece], inputs: "_OpenFiles", buffer: Bytes, strict: bool
+) -> None:
+    """Read what a batch is made from and make it."""
+    wanted = {read for piece in batch for read in piece.expression.reads(piece.start, piece.stop)}
+    values = _read(wanted, inputs, buffer)
+    for piece in batch:
+        try:
+            bad = piece.expression.write(piece.start, piece.stop, values.__getitem__, piece.out)
+        except MergerError:
+            raise
+        except Exception as error:
+            error.add_note(f"in tensor {piece.name} of {block.of.shard.name}")
+            raise
+        if bad:
+            guilty = _non_finite_input(piece, values.__getitem__)
+            if guilty and strict:
+                raise NonFiniteInput("holds NaN or infinity", where=f"{guilty.path}: tensor {piece.name!r}")
+            work.count(block, piece.name, bad, from_input=guilty is not None)
+
+
+def _non_finite_input(piece: _Piece, fetch: Fetch) -> File | None:
+    """The first file whose values in this piece are not all finite, or None where only the result overflowed."""
+    for leaf in piece.expression.leaves():
+        if DTYPES[leaf.dtype].is_float and count_non_finite(fetch(leaf.range(piece.start, piece.stop)), leaf.dtype):
+            return leaf.file
+    return None
+
+
+# ---- reading ------------------------------------------------------------------------------------------
+
+
+def _read(wanted: Iterable[ByteRange], inputs: "_OpenFiles", buffer: Bytes) -> dict[ByteRange, Bytes]:
+    """Read the ranges into the buffer, neighbours at once; the arrays are views of it."""
+    values: dict[ByteRange, Bytes] = {}
+    position = 0
+    for run in _runs(wanted):
+        start, stop = run[0].start, max(part.stop for part in run)
+        with inputs.lease(run[0].file) as file:
+            data = file.read(start, stop, buffer[position:])
+        position += round_up(stop - start // PAGE * PAGE)
+        for part in run:
+            values[part] = data[part.start - start : part.stop - start]
+    return values
+
+
+def _runs(wanted: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Ranges grouped with their neighbours: in one file, overlapping or less than the pages that a read apart costs."""
+    run: list[ByteRange] = []
+    stop = 0
+    for part in sorted(wanted, key=lambda part: (id(part.file), part.start)):
+        if run and (part.file is not run[0].file or part.start > stop + PAGE):
+            yield run
+            run = []
+        stop = max(stop, part.stop) if run else part.stop
+        run.append(part)
+    if run:
+        yield run
+
+
+class _OpenFiles:
+    """Input files, opened when they are first needed and shared by the threads; idle ones are closed when there are many."""
+
+    LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two a file
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[File, InputFile] = OrderedDict()
+        self._users: dict[File, int] = {}
+
+    def lease(self, file: File) -> "_Lease":
+        return _Lease(self, file)
+
+    def acquire(self, file: File) -> InputFile:
+        with self._lock:
+            if file not in self._open:
+                self._close_idle()
+                self._open[file] = _open_unchanged(file)
+            self._open.move_to_end(file)
+            self._users[file] = self._users.get(file, 0) + 1
+            return self._open[file]
+
+    def release(self, file: File) -> None:
+        with self._lock:
+            self._users[file] -= 1
+
+    def _close_idle(self) -> None:
+        idle = [file for file in self._open if not self._users.get(file)]
+        for file in idle[: max(0, len(self._open) - self.LIMIT + 1)]:
+            self._open.pop(file).close()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+class _Lease:
+    """An input file for as long as the `with` block lasts."""
+
+    def __init__(self, files: _OpenFiles, file: File) -> None:
+        self._files, self._file = files, file
+
+    def __enter__(self) -> InputFile:
+        return self._files.acquire(self._file)
+
+    def __exit__(self, *_raised: object) -> None:
+        self._files.release(self._file)
+
+
+def _open_unchanged(file: File) -> InputFile:
+    """Raises SourceChanged where the file is not the one that was planned."""
+    try:
+        if file.path.stat().st_mtime_ns != file.mtime_ns:
+            raise SourceChanged("was written to since it was planned", where=str(file.path))
+        return InputFile(file.path, file.size)
+    except OSError as error:
+        raise SourceChanged(f"cannot be opened any more: {error.strerror}", where=str(file.path)) from error

@@ -1,0 +1,280 @@
+"""Arithmetic on blocks of stored values. Knows bit patterns; knows nothing of tensors, names or files.
+
+Values come as bytes (`uint8` arrays) with the name of their type; nothing here allocates more than a few
+pages, and everything runs without the interpreter's lock, so threads compute in parallel.
+
+Sums are accumulated in float64 in the order of the terms and rounded to nearest, ties to even: float32
+accumulation, which the storage hides no better, would add up to n * 2^-24 of the terms' size. Results for
+BF16 and F16 are rounded to float32 first; that second rounding adds at most 2^-24 of the result.
+There is no contraction to fused multiply-add (no `fastmath`) and every NaN is written as one pattern, so
+the bytes do not depend on the CPU.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_CHUNK = 4096  # elements: the float64 accumulators of a chunk (32 KiB) stay in the first-level cache
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile on first use; keep the machine code on disk where a folder for it is writable."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no writable place for a cache (a read-only image): compile in every process
+        return njit(nogil=True)(function)
+
+
+# ---- bit patterns -------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _float_of(_context: Any, bits: Any) -> Any:
+    """The float32 with these 32 bits."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _bits_of(_context: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def _pointer_to(element: Any) -> Any:
+    @intrinsic
+    def pointer(_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, _s: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(element)))
+
+        return types.CPointer(element)(types.uint64), generate
+
+    return pointer
+
+
+_to_uint16, _to_uint32 = _pointer_to(types.uint16), _pointer_to(types.uint32)
+_to_float32, _to_float64 = _pointer_to(types.float32), _pointer_to(types.float64)
+
+
+@compiled
+def _from_bfloat16(x: Any) -> Any:
+    return _float_of(np.uint32(x) << np.uint32(16))
+
+
+@compiled
+def _from_float16(x: Any) -> Any:
+    """Shift the exponent and mantissa into place and scale by 2^112, which also normalises subnormals."""
+    magnitude = np.uint32(x & np.uint16(0x7FFF)) << np.uint32(13)
+    sign = np.uint32(x & np.uint16(0x8000)) << np.uint32(16)
+    scaled = _bits_of(_float_of(magnitude) * np.float32(5.192296858534828e33))
+    if magnitude >= np.uint32(0x0F800000):  # infinity and NaN keep their mantissa
+        scaled = magnitude | np.uint32(0x7F800000)
+    return _float_of(scaled | sign)
+
+
+@compiled
+def _to_bfloat16(value: Any) -> Any:
+    bits = _bits_of(value)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        rounded = np.uint32(0x7FC0)
+    return np.uint16(rounded)
+
+
+@compiled
+def _to_float16(value: Any) -> Any:
+    bits = _bits_of(value)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    # Normal numbers: move the exponent by 112 and round on the 13 bits that go.
+    normal = (
+        magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))
+    ) >> np.uint32(13)
+    # Subnormal numbers: adding 0.5 lets the float32 adder round at 2^-24, the last place of float16.
+    subnormal = _bits_of(_float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+    half = normal if magnitude >= np.uint32(0x38800000) else subnormal
+    if magnitude >= np.uint32(0x477FF000):  # rounds to 65536 or more
+        half = np.uint32(0x7C00)
+    if magnitude > np.uint32(0x7F800000):
+        half = np.uint32(0x7E00)
+        sign = np.uint32(0)
+    return np.uint16(half | sign)
+
+
+# ---- the weighted sum ---------------------------------------------------------------------------------
+
+
+@compiled
+def _accumulate(sums: Any, address: Any, code: Any, weight: Any) -> None:
+    """sums[i] += weight * x[i] for the array of type `code` at `address`."""
+    if code == 0:
+        bfloats = carray(_to_uint16(address), sums.size)
+        for i in range(sums.size):
+            sums[i] += weight * np.float64(_from_bfloat16(bfloats[i]))
+    elif code == 1:
+        halves = carray(_to_uint16(address), sums.size)
+        for i in range(sums.size):
+            sums[i] += weight * np.float64(_from_float16(halves[i]))
+    elif code == 2:
+        floats = carray(_to_float32(address), sums.size)
+        for i in range(sums.size):
+            sums[i] += weight * np.float64(floats[i])
+    else:
+        doubles = carray(_to_float64(address), sums.size)
+        for i in range(sums.size):
+            sums[i] += weight * doubles[i]
+
+
+@compiled
+def _round(sums: Any, address: Any, code: Any) -> Any:
+    """Write `sums` as type `code` at `address`; return how many are not finite."""
+    bad = np.int64(0)
+    if code == 0:
+        bfloats = carray(_to_uint16(address), sums.size)
+        for i in range(sums.size):
+            b = _to_bfloat16(np.float32(sums[i]))
+            bfloats[i] = b
+            bad += np.int64((b & np.uint16(0x7F80)) == np.uint16(0x7F80))
+    elif code == 1:
+        halves = carray(_to_uint16(address), sums.size)
+        for i in range(sums.size):
+            h = _to_float16(np.float32(sums[i]))
+            halves[i] = h
+            bad += np.int64((h & np.uint16(0x7C00)) == np.uint16(0x7C00))
+    elif code == 2:
+        floats = carray(_to_float32(address), sums.size)
+        for i in range(sums.size):
+            f = np.float32(sums[i])
+            floats[i] = f if f == f else np.float32(np.nan)
+            bad += np.int64(not abs(f) < np.float32(np.inf))
+    else:
+        doubles = carray(_to_float64(address), sums.size)
+        for i in range(sums.size):
+            d = sums[i]
+            doubles[i] = d if d == d else np.nan
+            bad += np.int64(not abs(d) < np.inf)
+    return bad
+
+
+@compiled
+def _weighted_sum(
+    addresses: Any, codes: Any, sizes: Any, weights: Any, out: Any, out_code: Any, out_size: Any, count: Any
+) -> Any:
+    bad = np.int64(0)
+    buffer = np.empty(_CHUNK, np.float64)
+    for start in range(0, count, _CHUNK):
+        sums = buffer[: min(_CHUNK, count - start)]
+        sums[:] = -0.0  # the identity of addition: 0.0 would turn a sum of -0.0 into 0.0
+        for term in range(addresses.size):
+            _accumulate(sums, addresses[term] + np.uint64(start * sizes[term]), codes[term], weights[term])
+        bad += _round(sums, out + np.uint64(start * out_size), out_code)
+    return bad
+
+
+def weighted_sum(terms: Sequence[tuple[float, Bytes, str]], out: Bytes, out_dtype: str) -> int:
+    """`out = sum of weight * values`, element by element; returns how many results are not finite.
+
+    `terms` are (weight, values, dtype name); `out` is filled with values of `out_dtype`. All arrays are
+    contiguous and hold the same number of elements, of any of BF16, F16, F32, F64.
+    """
+    count = out.size // _ITEMSIZE[out_dtype]
+    for _, values, dtype in terms:
+        if values.size != count * _ITEMSIZE[dtype]:
+            raise ValueError(f"{values.size} bytes of {dtype} are not {count} elements")
+    return int(
+        _weighted_sum(
+            np.array([values.ctypes.data for _, values, _ in terms], np.uint64),
+            np.array([CODES[dtype] for *_, dtype in terms], np.int64),
+            np.array([_ITEMSIZE[dtype] for *_, dtype in terms], np.int64),
+            np.array([weight for weight, *_ in terms], np.float64),
+            np.uint64(out.ctypes.data),
+            CODES[out_dtype],
+            _ITEMSIZE[out_dtype],
+            count,
+        )
+    )
+
+
+@compiled
+def _count_exponents(values: Any, mask: Any) -> Any:
+    bad = np.int64(0)
+    for i in range(values.size):
+        bad += np.int64((values[i] & mask) == mask)
+    return bad
+
+
+_EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
+    "BF16": np.uint16(0x7F80),
+    "F16": np.uint16(0x7C00),
+    "F32": np.uint32(0x7F800000),
+    "F64": np.uint64(0x7FF0000000000000),
+}
+
+
+def count_non_finite(values: Bytes, dtype: str) -> int:
+    """How many of the values, bytes of a floating `dtype`, are NaN or infinite."""
+    mask = _EXPONENTS[dtype]
+    return int(_count_exponents(values.view(mask.dtype), mask))
+
+
+# ---- comparison ---------------------------------------------------------------------------------------
+
+
+@compiled
+def _widen(values: Any, address: Any, code: Any) -> None:
+    """The array of type `code` at `address` as float64."""
+    values[:] = -0.0
+    _accumulate(values, address, code, 1.0)
+
+
+@compiled
+def _compare(a: Any, a_code: Any, a_size: Any, b: Any, b_code: Any, b_size: Any, count: Any) -> Any:
+    totals = np.zeros(5)
+    left, right = np.empty(_CHUNK), np.empty(_CHUNK)
+    for start in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - start)
+        x, y = left[:size], right[:size]
+        _widen(x, a + np.uint64(start * a_size), a_code)
+        _widen(y, b + np.uint64(start * b_size), b_code)
+        for i in range(size):
+            d = x[i] - y[i]
+            totals[0] += x[i] * x[i]
+            totals[1] += y[i] * y[i]
+            totals[2] += x[i] * y[i]
+            totals[3] += d * d
+            totals[4] = max(totals[4], abs(d))
+    return totals
+
+
+def compare(a: Bytes, a_dtype: str, b: Bytes, b_dtype: str) -> tuple[float, float, float, float, float]:
+    """Sums over pairs of a^2, b^2, ab and (a - b)^2 in float64, and the largest |a - b|."""
+    count = a.size // _ITEMSIZE[a_dtype]
+    if b.size != count * _ITEMSIZE[b_dtype]:
+        raise ValueError(f"{b.size} bytes of {b_dtype} are not {count} elements")
+    totals = _compare(
+        np.uint64(a.ctypes.data),
+        CODES[a_dtype],
+        _ITEMSIZE[a_dtype],
+        np.uint64(b.ctypes.data),
+        CODES[b_dtype],
+        _ITEMSIZE[b_dtype],
+        count,
+    )
+    aa, bb, ab, dd, largest = (float(total) for total in totals)
+    return aa, bb, ab, dd, largest

@@ -1,0 +1,142 @@
+"""What will be written, known before any weight is read. Pure: knows tensors, shards and sizes; touches no disk.
+
+A plan lists the output files ("shards") with every byte's place in them, and has a fingerprint that changes
+with anything that could change a byte of the result: the recipe, the sources as they are, the layout.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from merger.checkpoint import Checkpoint
+from merger.expression import Expression, File, Identical
+from merger.storage.safetensors import build_header
+
+# Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
+ARITHMETIC = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a shard; its first byte is at `offset`, counted from the end of the header."""
+
+    name: str
+    expression: Expression
+    offset: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: the unit of work, of retry and of resume."""
+
+    name: str
+    header: bytes
+    entries: tuple[Entry, ...]
+    data_size: int
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + self.data_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe: the checkpoint it makes and the files it will lie in."""
+
+    recipe: Mapping[str, Any]
+    checkpoint: Checkpoint
+    shards: tuple[Shard, ...]
+    fingerprint: str
+
+    @property
+    def size(self) -> int:
+        """Bytes that will be written."""
+        return sum(shard.size for shard in self.shards)
+
+    @cached_property
+    def read_size(self) -> int:
+        """Bytes that will be read."""
+        return sum(leaf.nbytes for tensor in self.checkpoint.tensors.values() for leaf in tensor.leaves())
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files of the sources, each once."""
+        return tuple(dict.fromkeys(file for part in self.checkpoint.parts for file in part.source.files))
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.checkpoint.tensors.values())
+
+    def buffers(self) -> Iterator[tuple[str, Identical]]:
+        """The tensors that must be the same in every source."""
+        return ((name, tensor) for name, tensor in self.checkpoint.tensors.items() if isinstance(tensor, Identical))
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Mapping[str, Any], shard_size: int) -> Plan:
+    """Lay the checkpoint out in shards of at most `shard_size` bytes of tensors (a larger tensor gets one of its own)."""
+    groups = list(_groups(checkpoint.tensors, shard_size))
+    names = ["model.safetensors"] if len(groups) == 1 else list(_numbered(len(groups)))
+    shards = tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+    return Plan(recipe, checkpoint, shards, _fingerprint(checkpoint, recipe, shards))
+
+
+def _numbered(count: int) -> Iterator[str]:
+    return (f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+
+
+def _groups(tensors: Mapping[str, Expression], shard_size: int) -> Iterator[list[tuple[str, Expression]]]:
+    """Tensors in their order, cut where a shard is full."""
+    group: list[tuple[str, Expression]] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + tensor.nbytes > shard_size:
+            yield group
+            group, size = [], 0
+        group.append((name, tensor))
+        size += tensor.nbytes
+    yield group
+
+
+def _shard(name: str, group: Iterable[tuple[str, Expression]]) -> Shard:
+    """Wide elements come first, so that every tensor starts at a multiple of its element's size."""
+    ordered = sorted(group, key=lambda item: -item[1].itemsize)
+    entries, position = [], 0
+    for tensor, expression in ordered:
+        entries.append(Entry(tensor, expression, position))
+        position += expression.nbytes
+    header = build_header(
+        ((entry.name, entry.expression.dtype, entry.expression.shape) for entry in entries), _METADATA
+    )
+    return Shard(name, header, tuple(entries), position)
+
+
+_METADATA = {"format": "pt"}  # what transformers writes, and older versions of it require
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iterable[Shard]) -> str:
+    """sha256 over what the result follows from, in canonical JSON; the folder it goes to is not part of it."""
+    output = {key: value for key, value in recipe.get("output", {}).items() if key != "path"}
+    content = {
+        "arithmetic": ARITHMETIC,
+        "recipe": {**recipe, "output": output},
+        "parts": [(part.source.reference, part.weight) for part in checkpoint.parts],
+        "files": [
+            (str(file.path), file.size, file.mtime_ns, file.header_sha256)
+            for part in checkpoint.parts
+            for file in part.source.files
+        ],
+        "shards": [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in shards],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def index_of(plan: Plan) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
+    return {
+        "metadata": {"total_parameters": plan.parameters, "total_size": sum(shard.data_size for shard in plan.shards)},
+        "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
+    }

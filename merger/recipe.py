@@ -1,0 +1,284 @@
+"""Recipes as people write them: text in, a checkpoint of expressions out. Knows YAML, fields and local paths; reads headers only.
+
+A document is a recipe with `output`. Paths are relative to the folder in which the command runs.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from glob import has_magic, iglob
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+
+from merger.checkpoint import Checkpoint, in_dtype, open_checkpoint, step_of
+from merger.dtypes import FROM_TORCH
+from merger.errors import IncompatibleSources, RecipeError, SourceError
+from merger.methods import METHODS
+from merger.methods.method import Member, Method, Sources
+from merger.tokenizer import difference
+
+
+class Output(BaseModel):
+    """Where the result goes and in what form."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = Field(default=None, description="The folder to make; -o on the command line says it too.")
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = Field(
+        default=None, description="The dtype of floating tensors; that of the sources without."
+    )
+    shard_size: str | int = Field(default="5GB", description="The most bytes of tensors in one file.")
+    side_files_from: str | None = Field(
+        default=None,
+        description="The model whose config, tokenizer and other side files to take; the first source's without.",
+    )
+
+    @field_validator("shard_size")
+    @classmethod
+    def _a_size(cls, value: str | int) -> str | int:
+        size_in_bytes(value)
+        return value
+
+
+class Document(BaseModel):
+    """A recipe and its output."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: SerializeAsAny[Method]
+    output: Output
+
+    def dump(self) -> dict[str, Any]:
+        """The document as plain data, every default written out."""
+        recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return {"method": self.recipe.method, **recipe, "output": self.output.model_dump(exclude_none=True)}
+
+
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+
+
+def size_in_bytes(text: str | int) -> int:
+    """`5GB`, `512 MiB`, `1000` as bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size such as 5GB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+# ---- text to document ---------------------------------------------------------------------------------
+
+
+def read_document(path: Path, changes: Sequence[str] = ()) -> Document:
+    """The document in a YAML (or JSON) file, with `changes` such as `k=8` or `output.dtype=float16` made to it.
+
+    Raises RecipeError with the field's path, SourceError where the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot be read: {error}", where=str(path), remedy="Give the path of a recipe.") from error
+    return parse_document(text, changes, where=str(path))
+
+
+def parse_document(text: str, changes: Sequence[str] = (), *, where: str = "recipe") -> Document:
+    """The document in a text. Raises RecipeError with the field's path."""
+    try:
+        content = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"is not YAML: {error}", where=where, remedy="Mind indentation, colons and quotes."
+        ) from error
+    if not isinstance(content, dict):
+        raise RecipeError("is not a mapping of fields", where=where)
+    for change in changes:
+        _apply(content, change)
+    return make_document(content)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without the silent loss of a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    path, equals, value = change.partition("=")
+    if not equals:
+        raise RecipeError("must look like field=value", where=f"--set {change}")
+    *parents, last = path.split(".")
+    place: Any = content
+    for key in parents:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise RecipeError("does not lead to a field", where=f"--set {change}")
+    place[last] = yaml.safe_load(value)
+
+
+def make_document(content: Mapping[str, Any]) -> Document:
+    """The document of plain data. Raises RecipeError with the field's path."""
+    if "merge_method" in content:
+        raise RecipeError("mergekit configurations do not run yet", where="merge_method", remedy=_METHODS_REMEDY)
+    if "method" not in content:
+        close = difflib.get_close_matches("method", [str(key) for key in content], 1)
+        hint = f"; {close[0]!r} is not a field, did you mean 'method'?" if close else ""
+        raise RecipeError(f"is missing{hint}", where="method", remedy=_METHODS_REMEDY)
+    recipe = {key: value for key, value in content.items() if key != "output"}
+    try:
+        return Document(recipe=Method.model_validate(recipe), output=Output.model_validate(content.get("output", {})))
+    except ValidationError as error:
+        root = "output" if error.title == "Output" else ""
+        raise _explain(error, content.get("output", {}) if root else recipe, root) from error
+
+
+_METHODS_REMEDY = "`merger methods` lists them, with an example of each."
+
+
+def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
+    """The first mistake, an unknown key before all others, as one sentence with the field's path."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "unknown_method"))
+    detail = details[0]
+    path, holder = _path_of(detail["loc"], content)
+    where = ".".join(part for part in (root, path) if part)
+    if detail["type"] == "unknown_method":
+        name = detail["ctx"]["name"]
+        return RecipeError(
+            f"{name!r} is no method{_suggest(name, METHODS)}", where=_join(where, "method"), remedy=_METHODS_REMEDY
+        )
+    if detail["type"] == "extra_forbidden":
+        known = _fields_of(holder, root)
+        return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where)
+    message = detail["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe")
+
+
+def _path_of(location: Sequence[str | int], content: Any) -> tuple[str, Any]:
+    """The path as it stands in the document, without pydantic's tags, and what holds its last field."""
+    path, holder = "", content
+    for i, key in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(content, Mapping) and (key in content or last):
+            path, holder, content = _join(path, str(key)), content, content.get(key)
+        elif isinstance(content, list) and isinstance(key, int) and key < len(content):
+            path, content = f"{path}[{key}]", content[key]
+    return path, holder
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _fields_of(holder: Any, root: str) -> list[str]:
+    """The fields that the mapping at fault may have."""
+    if root:
+        return list(Output.model_fields)
+    method = METHODS.get(holder.get("method", "")) if isinstance(holder, Mapping) else None
+    fields = method.model_fields if method else {}
+    return [field.alias or name for name, field in fields.items()] or ["sigma_rel", "checkpoints", "steps"]
+
+
+def _suggest(name: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+# ---- document to checkpoint ---------------------------------------------------------------------------
+
+
+def resolve(document: Document) -> Checkpoint:
+    """The checkpoint that a document describes, in the dtype and with the side files that it asks for.
+
+    Raises RequestError: everything that can be known from configs and headers is refused here.
+    """
+    checkpoint = document.recipe.build(_LocalSources())
+    if document.output.side_files_from:
+        checkpoint = _with_side_files(checkpoint, document.output.side_files_from)
+    if document.output.dtype:
+        checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
+    return checkpoint
+
+
+def _with_side_files(checkpoint: Checkpoint, reference: str) -> Checkpoint:
+    giver = open_checkpoint(_local(reference), reference)
+    problem = difference(checkpoint.side_files, giver.side_files)
+    if problem:
+        raise IncompatibleSources(f"{reference} has another vocabulary: {problem}", where="output.side_files_from")
+    for name in giver.tensors.keys() & checkpoint.tensors.keys():
+        if giver.tensors[name].shape != checkpoint.tensors[name].shape:
+            raise IncompatibleSources(f"{reference} has another shape of {name}", where="output.side_files_from")
+    return checkpoint.with_side_files_of(giver)
+
+
+class _LocalSources(Sources):
+    """Models in local folders, and recipes within the recipe."""
+
+    def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
+        if not isinstance(checkpoints, str):
+            members = tuple(self._member(source) for source in checkpoints)
+        elif has_magic(checkpoints):
+            members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
+        else:
+            members = (self._member(checkpoints),)
+        if not members:
+            raise SourceError("names no checkpoint", where="checkpoints")
+        return members
+
+    def _member(self, source: str | Method) -> Member:
+        return Member(source, step_of(Path(source)) if isinstance(source, str) else None)
+
+    def open(self, member: Member) -> Checkpoint:
+        if isinstance(member.origin, Method):
+            made = member.origin.build(self)
+            return made.named(str(member))
+        return open_checkpoint(_local(member.origin), member.origin)
+
+
+def _matches(pattern: str) -> list[str]:
+    """The folders and safetensors files that a pattern matches, in natural order: step-9 before step-10."""
+    found = [path for path in iglob(str(Path(pattern).expanduser()), recursive=True)]
+    models = [path for path in found if Path(path).is_dir() or path.endswith(".safetensors")]
+    if not models:
+        raise SourceError("matches no folder", where=f"checkpoints: {pattern}", remedy=_nearest(pattern))
+    return sorted(models, key=_natural)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _nearest(pattern: str) -> str:
+    """How far the pattern gets: the deepest folder of it that exists, and what is in there."""
+    folder = Path(pattern).expanduser()
+    while has_magic(str(folder)) or not folder.is_dir():
+        folder = folder.parent
+    names = sorted(path.name for path in folder.iterdir())[:5]
+    return f"{folder.resolve()} holds {', '.join(names) or 'nothing'}. Paths are relative to where the command runs."
+
+
+def _local(reference: str) -> Path:
+    """The folder of a reference. Raises SourceError for one on the Hub, which is not read yet."""
+    path = Path(reference).expanduser()
+    if reference.startswith("hf://") or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", reference)):
+        raise SourceError(
+            "is not a folder here, and models on the Hub are not read yet",
+            where=reference,
+            remedy=f"Download it first: hf download {reference.removeprefix('hf://')} --local-dir FOLDER",
+        )
+    return path

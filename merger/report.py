@@ -1,0 +1,110 @@
+"""What a run tells about itself: the manifest, the model card, the report. Pure: text from values; writes no files."""
+
+import base64
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jinja2
+import yaml
+
+import merger
+from merger.checkpoint import Part
+from merger.dtypes import DTYPES
+from merger.plan import Plan
+from merger.receipt import Receipt
+from merger.verify import Check
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("merger"),
+    autoescape=jinja2.select_autoescape(["html"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the run cost: seconds of the writing pass, bytes read and written in it, and how it was done."""
+
+    seconds: float
+    read: int
+    written: int
+    threads: int
+    memory: int
+
+
+def manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """The content of merger.json: enough to repeat the run and to check its result. The same run gives the same text."""
+    checkpoint = plan.checkpoint
+    return {
+        "merger": merger.__version__,
+        "fingerprint": plan.fingerprint,
+        "recipe": dict(plan.recipe),
+        "sources": [_source(part) for part in checkpoint.parts],
+        "parameters": plan.parameters,
+        "shards": [{"file": r.file, "size": r.size, "xxh3": r.xxh3} for r in sorted(receipts, key=lambda r: r.file)],
+        "non_finite": {name: count for receipt in receipts for name, count in receipt.non_finite.items()},
+        "warnings": list(checkpoint.warnings),
+        "notes": list(checkpoint.notes),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that takes part in the arithmetic."""
+    return {"python": platform.python_version(), "numpy": version("numpy"), "numba": version("numba")}
+
+
+def _source(part: Part) -> dict[str, Any]:
+    return {
+        "reference": part.source.reference,
+        "step": part.source.step,
+        "weight": part.weight,
+        "files": [
+            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256}
+            for file in part.source.files
+        ],
+    }
+
+
+def model_card(plan: Plan) -> str:
+    """The README.md of the result: what it is made of and how to make it again."""
+    return _TEMPLATES.get_template("card.md").render(
+        method=plan.recipe["method"],
+        parts=plan.checkpoint.parts,
+        recipe=recipe_text(plan.recipe),
+        notes=[*plan.checkpoint.warnings, *plan.checkpoint.notes],
+        version=merger.__version__,
+        fingerprint=plan.fingerprint,
+        has_config=plan.checkpoint.config is not None,
+    )
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML, in the order in which its fields are declared."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def page(plan: Plan, checks: Sequence[Check], figures: Figures, pictures: Mapping[str, bytes]) -> str:
+    """The report: one HTML page that needs nothing beside it."""
+    return _TEMPLATES.get_template("report.html").render(
+        plan=plan,
+        method=plan.recipe["method"],
+        dtypes=_dtypes(plan),
+        checks=checks,
+        figures=figures,
+        pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},
+        recipe=recipe_text(plan.recipe),
+        versions={"merger": merger.__version__, **versions()},
+    )
+
+
+def _dtypes(plan: Plan) -> str:
+    counts: dict[str, int] = {}
+    for tensor in plan.checkpoint.tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda row: -DTYPES[row[0]].bits))

@@ -1,0 +1,1 @@
+"""Where bytes live: the safetensors format, reads and writes that pass the page cache, local model folders."""

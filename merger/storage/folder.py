@@ -1,0 +1,176 @@
+"""A model in a local folder: which files hold its tensors, its config, what lies beside them. Reads headers, no weights."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merger.errors import FormatError, PickledWeights, SourceError
+from merger.storage.safetensors import Header, read_header
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What travels with a model. Never code, never what belongs to the training (optimizer, scheduler, trainer).
+SIDE_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "vocab.txt",
+    "merges.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+NOT_SIDE_FILES = ("config.json", "*.index.json", "trainer_state.json", "merger.json", "*.py")
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "rng_state*",
+    "global_step*",
+    "training_args.bin",
+    "scaler.pt",
+)
+MAX_SIDE_FILE = 256 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of tensors, as it was when its header was read."""
+
+    path: Path
+    mtime_ns: int
+    header: Header
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk: its weight files in the order of their names, its config (None where there is none), side files."""
+
+    path: Path
+    files: tuple[WeightFile, ...]
+    config: Mapping[str, Any] | None
+    side_files: Mapping[str, Path]
+    training_state: tuple[str, ...]  # names of files that belong to the training and are left alone
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Read the headers of the model at `path`, a folder or one safetensors file.
+
+    Raises SourceError, FormatError or PickledWeights with the file at fault.
+    """
+    if path.is_file():
+        return ModelFolder(path, (_weight_file(path),), None, {}, ())
+    if not path.is_dir():
+        raise SourceError(
+            "is not there", where=str(path), remedy="Give the folder of a model, or one .safetensors file."
+        )
+    files = tuple(_weight_file(path / name) for name in _weight_names(path))
+    _check_unique(files)
+    return ModelFolder(path, files, read_config(path), _side_files(path), _training_state(path))
+
+
+def _weight_file(path: Path) -> WeightFile:
+    return WeightFile(path, _stat(path).st_mtime_ns, read_header(path))
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """The names of the weight files: those of the index where there is one, else the only safetensors file."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    singles = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(indexes) > 1 or (indexes and "model.safetensors" in singles):
+        found = ", ".join([*(path.name for path in indexes), *singles[:1]])
+        raise SourceError(
+            f"holds more than one set of weights: {found}", where=str(folder), remedy="Remove the stale one."
+        )
+    if indexes:
+        return _names_in_index(indexes[0])
+    if "model.safetensors" in singles:
+        return ["model.safetensors"]
+    if len(singles) == 1:
+        return singles
+    if singles:
+        raise SourceError(
+            f"holds {len(singles)} safetensors files and no index that says which belong together",
+            where=str(folder),
+            remedy="Restore model.safetensors.index.json, or name one file.",
+        )
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise PickledWeights(
+            f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(folder)
+        )
+    raise SourceError(
+        "holds no safetensors weights",
+        where=str(folder),
+        remedy="Give the folder that has model.safetensors.",
+    )
+
+
+def _names_in_index(index: Path) -> list[str]:
+    """The files that an index names, checked against the folder and against the tensors in the files."""
+    weight_map = read_json(index).get("weight_map")
+    if type(weight_map) is not dict or not all(type(name) is str for name in weight_map.values()):
+        raise FormatError("has no `weight_map` from tensors to files", where=str(index))
+    by_file: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        by_file.setdefault(name, set()).add(tensor)
+    for name in by_file:
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise FormatError(f"names {name!r}, which is not a safetensors file in the same folder", where=str(index))
+        if not (index.parent / name).is_file():
+            raise FormatError(
+                f"names {name}, which is not in the folder",
+                where=str(index),
+                remedy="Download that file too.",
+            )
+    for name, tensors in by_file.items():
+        odd = tensors ^ read_header(index.parent / name).tensors.keys()
+        if odd:
+            raise FormatError(f"disagrees with {name} about tensor {min(odd)!r}", where=str(index))
+    return sorted(by_file)
+
+
+def _check_unique(files: tuple[WeightFile, ...]) -> None:
+    seen: dict[str, Path] = {}
+    for file in files:
+        for name in file.header.tensors:
+            if name in seen:
+                raise FormatError(f"tensor {name!r} is also in {seen[name].name}", where=str(file.path))
+            seen[name] = file.path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FormatError where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"is not readable JSON: {error}", where=str(path)) from error
+    if type(value) is not dict:
+        raise FormatError("is not a JSON object", where=str(path))
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The model's config.json, or None where there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _side_files(folder: Path) -> dict[str, Path]:
+    taken = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    names = sorted(name for name, path in taken.items() if not any(path.match(pattern) for pattern in NOT_SIDE_FILES))
+    return {name: taken[name] for name in names if taken[name].stat().st_size <= MAX_SIDE_FILE}
+
+
+def _training_state(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for pattern in TRAINING_STATE for path in folder.glob(pattern)))
