@@ -1,4 +1,7 @@
-"""Facts about model families that averaging depends on. Knows configs and tensor names; knows nothing of files or values."""
+"""Facts about model families that averaging depends on.
+
+Knows configs and tensor names; knows nothing of files or values.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -66,7 +69,10 @@ def untied(config: Config) -> dict[str, Any]:
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
-    """The config naming another dtype (torch's name for it), under the keys that it has: `dtype`, before v5 `torch_dtype`."""
+    """The config naming another dtype (torch's name for it), under the keys that it has:
+
+    `dtype`, before v5 `torch_dtype`.
+    """
     present = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     changed = dict(config)
     for key in present:
@@ -110,6 +116,8 @@ def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: its name up to the first number (`model.layers.3`), else its first two parts."""
+    """The layer that a tensor belongs to: its name up to the first number (`model.layers.3`), else its first two
+    parts.
+    """
     match = re.match(r"(.*?\.\d+)(\.|$)", name)
     return match[1] if match else ".".join(name.split(".")[:2])

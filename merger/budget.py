@@ -32,7 +32,9 @@ class Allotment:
 
 
 def read_cost(expression: Expression, elements: int) -> int:
-    """The most buffer that reading for `elements` elements takes, in bytes: ranges widen to whole pages at both ends."""
+    """The most buffer that reading for `elements` elements takes, in bytes: ranges widen to whole pages at both
+    ends.
+    """
     return sum(elements * leaf.itemsize + 2 * PAGE for leaf in expression.leaves())
 
 

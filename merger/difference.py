@@ -6,18 +6,16 @@ Sums are float64 over fixed blocks, added in the order of the blocks: the same f
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
-
-import numpy as np
 
 from merger.architecture import layer_of
 from merger.checkpoint import Checkpoint
 from merger.dtypes import DTYPES
 from merger.errors import IncompatibleSources, SourceChanged
-from merger.expression import Stored
-from merger.kernels import Bytes, compare
+from merger.expression import File, Stored
+from merger.kernels import compare
 from merger.storage.disk import PAGE, InputFile, page_aligned
 
 _BLOCK = 1 << 20  # elements
@@ -66,12 +64,7 @@ def measure(a: Checkpoint, b: Checkpoint, on_bytes: Callable[[int], None] = lamb
     files = {leaf.file: InputFile(leaf.file.path, leaf.file.size) for _, *leaves in pairs for leaf in leaves}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return {
-                name: sum(
-                    pool.map(lambda block: _block(files, first, other, block, on_bytes), _blocks(first)), Distance()
-                )
-                for name, first, other in pairs
-            }
+            return {name: _tensor(pool, files, first, other, on_bytes) for name, first, other in pairs}
     except OSError as error:
         raise SourceChanged(f"cannot be read any more: {error.strerror}", where=str(error.filename)) from error
     finally:
@@ -93,12 +86,18 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, Stored, Stored]]
             yield name, first, other
 
 
+def _tensor(
+    pool: Executor, files: Mapping[File, InputFile], a: Stored, b: Stored, on_bytes: Callable[[int], None]
+) -> Distance:
+    return sum(pool.map(lambda start: _block(files, a, b, start, on_bytes), _blocks(a)), Distance())
+
+
 def _blocks(tensor: Stored) -> range:
     return range(0, math.prod(tensor.shape), _BLOCK)
 
 
 def _block(
-    files: Mapping[object, InputFile], a: Stored, b: Stored, start: int, on_bytes: Callable[[int], None]
+    files: Mapping[File, InputFile], a: Stored, b: Stored, start: int, on_bytes: Callable[[int], None]
 ) -> Distance:
     stop = min(start + _BLOCK, math.prod(a.shape))
     values = []

@@ -36,8 +36,8 @@ def write_shards(
     fingerprint: str,
     *,
     strict: bool = False,
-    on_bytes: OnBytes = lambda count: None,
-    on_shard: OnShard = lambda receipt: None,
+    on_bytes: OnBytes = lambda _: None,
+    on_shard: OnShard = lambda _: None,
 ) -> list[Receipt]:
     """Make the shards in the folder `output` (with its `.merger` folder) and return their receipts.
 
@@ -301,7 +301,9 @@ def _runs(wanted: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
 
 
 class _OpenFiles:
-    """Input files, opened when they are first needed and shared by the threads; idle ones are closed when there are many."""
+    """Input files, opened when they are first needed and shared by the threads; idle ones are closed when there
+    are many.
+    """
 
     LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two a file
 

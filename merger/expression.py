@@ -1,4 +1,6 @@
-"""How an output tensor is made from stored ones. Knows dtypes, shapes and arithmetic; knows nothing of names, files' contents or threads.
+"""How an output tensor is made from stored ones.
+
+Knows dtypes, shapes and arithmetic; knows nothing of names, files' contents or threads.
 
 An expression is evaluated for any range of its elements, from bytes that somebody else has read: first
 `reads` says which bytes a range needs, then `write` makes the range from them. Elements of types narrower

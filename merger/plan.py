@@ -77,7 +77,9 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Mapping[str, Any], shard_size: int) -> Plan:
-    """Lay the checkpoint out in shards of at most `shard_size` bytes of tensors (a larger tensor gets one of its own)."""
+    """Lay the checkpoint out in shards of at most `shard_size` bytes of tensors (a larger tensor gets one of its
+    own).
+    """
     groups = list(_groups(checkpoint.tensors, shard_size))
     names = ["model.safetensors"] if len(groups) == 1 else list(_numbered(len(groups)))
     shards = tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))

@@ -11,7 +11,10 @@ _CHUNK = 8 << 20  # bytes
 
 
 def check_buffers(plan: Plan) -> None:
-    """Compare the tensors that must be the same in every source. Raises IncompatibleSources with the first that is not."""
+    """Compare the tensors that must be the same in every source.
+
+    Raises IncompatibleSources with the first that is not.
+    """
     for name, tensor in plan.buffers():
         for other in tensor.others:
             if not _same_bytes(tensor.first, other):
@@ -39,7 +42,10 @@ def _same_bytes(a: Stored, b: Stored) -> bool:
 
 
 def check_disk(plan: Plan, output: Path, finished: int) -> None:
-    """See that what is not yet `finished` (bytes) fits on the disk of `output`. Raises NotEnoughDisk with both numbers."""
+    """See that what is not yet `finished` (bytes) fits on the disk of `output`.
+
+    Raises NotEnoughDisk with both numbers.
+    """
     needed = plan.size - finished
     free = free_space(output)
     if needed > free:

@@ -29,7 +29,10 @@ def is_complete(output: Path, plan: Plan) -> bool:
 
 
 def check_free(output: Path, plan: Plan) -> None:
-    """See that the folder is new, empty, or holds this plan's unfinished work. Raises OutputOccupied; writes nothing."""
+    """See that the folder is new, empty, or holds this plan's unfinished work.
+
+    Raises OutputOccupied; writes nothing.
+    """
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
@@ -102,7 +105,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def discard(output: Path, plan: Plan) -> None:
-    """Take back what a run that cannot succeed has written: its own shards and traces, and the folder if that empties it."""
+    """Take back what a run that cannot succeed has written: its own shards and traces, and the folder if that
+    empties it.
+    """
     for receipt in finished_shards(output, plan):
         (output / receipt.file).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""Recipes as people write them: text in, a checkpoint of expressions out. Knows YAML, fields and local paths; reads headers only.
+"""Recipes as people write them: text in, a checkpoint of expressions out.
+
+Knows YAML, fields and local paths; reads headers only.
 
 A document is a recipe with `output`. Paths are relative to the folder in which the command runs.
 """
@@ -6,7 +8,7 @@ A document is a recipe with `output`. Paths are relative to the folder in which 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from glob import has_magic, iglob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,7 +254,7 @@ class _LocalSources(Sources):
 
 def _matches(pattern: str) -> list[str]:
     """The folders and safetensors files that a pattern matches, in natural order: step-9 before step-10."""
-    found = [path for path in iglob(str(Path(pattern).expanduser()), recursive=True)]
+    found = glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  (keeps the path as it was written)
     models = [path for path in found if Path(path).is_dir() or path.endswith(".safetensors")]
     if not models:
         raise SourceError("matches no folder", where=f"checkpoints: {pattern}", remedy=_nearest(pattern))

@@ -38,7 +38,10 @@ class Figures:
 
 
 def manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """The content of merger.json: enough to repeat the run and to check its result. The same run gives the same text."""
+    """The content of merger.json: enough to repeat the run and to check its result.
+
+    The same run gives the same text.
+    """
     checkpoint = plan.checkpoint
     return {
         "merger": merger.__version__,

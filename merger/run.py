@@ -1,4 +1,7 @@
-"""The whole flow on one machine: recipe, plan, engine, checks, result. Knows the order of things; does none of them itself."""
+"""The whole flow on one machine: recipe, plan, engine, checks, result.
+
+Knows the order of things; does none of them itself.
+"""
 
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +24,9 @@ from merger.verify import Check, check_written
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: bytes of memory for buffers, threads (None: twice the processors), and whether warnings are refusals."""
+    """How to run: bytes of memory for buffers, threads (None: twice the processors), and whether warnings are
+    refusals.
+    """
 
     memory: int = DEFAULT_MEMORY
     threads: int | None = None
@@ -46,7 +51,10 @@ class Progress(ABC):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `resumed` counts the shards of earlier runs; `figures` is None where nothing was left to do."""
+    """What a run came to.
+
+    `resumed` counts the shards of earlier runs; `figures` is None where nothing was left to do.
+    """
 
     output: Path
     plan: Plan

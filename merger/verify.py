@@ -92,9 +92,7 @@ def _ties(config: Mapping[str, Any] | None, tensors: Mapping[str, Expression]) -
 # ---- at any time --------------------------------------------------------------------------------------
 
 
-def check_folder(
-    folder: Path, *, load: bool = False, on_bytes: Callable[[int], None] = lambda count: None
-) -> list[Check]:
+def check_folder(folder: Path, *, load: bool = False, on_bytes: Callable[[int], None] = lambda _: None) -> list[Check]:
     """Check a checkpoint in a folder, ours or not, reading all of it. With `load` also in transformers, on no device.
 
     Raises SourceError and FormatError where there is no readable checkpoint at all.
@@ -172,7 +170,7 @@ def _loads(folder: Path) -> Check:
         import transformers  # noqa: PLC0415  (seconds, and only for this check)
     except ImportError as error:
         raise MergerError("transformers is not installed", remedy="pip install 'merger[torch]'") from error
-    transformers.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     names = (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}).get("architectures") or []
     model = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if model is None:

@@ -42,15 +42,6 @@ class _Verbs(click.Group):
         with formatter.section("Verbs"):
             formatter.write_dl([*VERBS.items(), *others])
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            error.message = error.message.replace("No such command", "there is no verb")
-            raise
-
 
 def _command(value: object) -> click.Command:
     if not isinstance(value, click.Command):

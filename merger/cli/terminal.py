@@ -18,7 +18,7 @@ from merger.run import Progress
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes such as 512MiB."""
 
     name = "size"

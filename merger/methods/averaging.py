@@ -1,4 +1,7 @@
-"""The recipes of the averaging family. Knows their fields and where their weights come from; the arithmetic is elsewhere."""
+"""The recipes of the averaging family.
+
+Knows their fields and where their weights come from; the arithmetic is elsewhere.
+"""
 
 import re
 from abc import abstractmethod

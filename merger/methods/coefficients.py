@@ -1,4 +1,6 @@
-"""The weights of every average, as functions of the training steps. Pure arithmetic; knows nothing of recipes or tensors.
+"""The weights of every average, as functions of the training steps.
+
+Pure arithmetic; knows nothing of recipes or tensors.
 
 Each function takes the steps of the checkpoints, oldest first, and returns one float64 weight a checkpoint;
 the weights of each sum to 1. A checkpoint of weight 0 takes no part and is not read.
@@ -49,7 +51,8 @@ def _typical_gap(steps: Steps) -> int:
 
 
 def lawa(steps: Steps, k: int, interval: int | None, end: int | None) -> Weights:
-    """LAWA (arXiv 2209.14981, 2306.03241): the mean of exactly `k` checkpoints, the newest at `end` (the last by default).
+    """LAWA (arXiv 2209.14981, 2306.03241): the mean of exactly `k` checkpoints, the newest at `end` (the last by
+    default).
 
     With `interval` they are that many steps apart, else consecutive. Raises ValueError where one is missing.
     """
@@ -77,7 +80,9 @@ def _listed(steps: Steps) -> str:
 
 
 def swa(steps: Steps, start: int, every: int | None) -> Weights:
-    """SWA (arXiv 1803.05407): the mean of the checkpoints from step `start` on, those at multiples of `every` from there."""
+    """SWA (arXiv 1803.05407): the mean of the checkpoints from step `start` on, those at multiples of `every`
+    from there.
+    """
     chosen = [step >= start and (every is None or (step - start) % every == 0) for step in steps]
     if not any(chosen):
         raise ValueError(f"no checkpoint is at or after step {start}; there are {_listed(steps)}")
@@ -130,7 +135,10 @@ def _profile_product(ta: Floats, ga: Floats, tb: Floats, gb: Floats) -> Floats:
 
 
 def pma(count: int, weighting: str, alpha: float) -> Weights:
-    """PMA (arXiv 2505.12082, section 3): `uniform` 1/n, `linear` w_i ~ i, `ema` M_i = alpha x_i + (1 - alpha) M_(i-1)."""
+    """PMA (arXiv 2505.12082, section 3):
+
+    `uniform` 1/n, `linear` w_i ~ i, `ema` M_i = alpha x_i + (1 - alpha) M_(i-1).
+    """
     if weighting == "uniform":
         return normalized([1.0] * count)
     if weighting == "linear":

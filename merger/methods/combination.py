@@ -1,4 +1,6 @@
-"""The weighted sum of checkpoints: the one operation behind every average. Knows which checkpoints may be added; reads no weights.
+"""The weighted sum of checkpoints: the one operation behind every average.
+
+Knows which checkpoints may be added; reads no weights.
 
 Rules (`docs/averaging.md`): the same tensors in the same shapes, or a refusal that names the first that
 differs; floating tensors are summed, integer buffers must be identical, running statistics of batch

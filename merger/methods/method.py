@@ -1,4 +1,7 @@
-"""What a method is: a recipe that builds a checkpoint from sources. Knows the shape of recipes; reads nothing itself."""
+"""What a method is: a recipe that builds a checkpoint from sources.
+
+Knows the shape of recipes; reads nothing itself.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +24,9 @@ from merger.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Member:
-    """One of the checkpoints that a recipe names: a stored model, or a recipe within the recipe, and its training step."""
+    """One of the checkpoints that a recipe names: a stored model, or a recipe within the recipe, and its training
+    step.
+    """
 
     origin: "str | Method"
     step: int | None
@@ -35,7 +40,10 @@ class Sources(ABC):
 
     @abstractmethod
     def members(self, checkpoints: "str | Sequence[str | Method]") -> tuple[Member, ...]:
-        """What a pattern or a list names, a pattern's matches in natural order. Raises SourceError where nothing matches."""
+        """What a pattern or a list names, a pattern's matches in natural order.
+
+        Raises SourceError where nothing matches.
+        """
 
     @abstractmethod
     def open(self, member: Member) -> Checkpoint:

@@ -1,4 +1,7 @@
-"""A model in a local folder: which files hold its tensors, its config, what lies beside them. Reads headers, no weights."""
+"""A model in a local folder: which files hold its tensors, its config, what lies beside them.
+
+Reads headers, no weights.
+"""
 
 import json
 import os
@@ -47,7 +50,9 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk: its weight files in the order of their names, its config (None where there is none), side files."""
+    """A model on disk: its weight files in the order of their names, its config (None where there is none), side
+    files.
+    """
 
     path: Path
     files: tuple[WeightFile, ...]

@@ -1,4 +1,6 @@
-"""The safetensors file format: headers parsed, checked and built. Knows one file's header; knows nothing of tensor values.
+"""The safetensors file format: headers parsed, checked and built.
+
+Knows one file's header; knows nothing of tensor values.
 
 A file is 8 bytes (little-endian length of the header), the header (JSON, padded with spaces) and the data,
 which the tensors cover without holes or overlaps. Checked more strictly than the reference implementation
