@@ -233,6 +233,13 @@ def count_non_finite(values: Bytes, dtype: str) -> int:
     return int(_count_exponents(values.view(mask.dtype), mask))
 
 
+def load() -> None:
+    """Load the kernels from the cache on disk, or compile them: a quarter of a second, the first time a few seconds."""
+    nothing = np.zeros(8, np.uint8)
+    weighted_sum([(1.0, nothing, "F32")], nothing, "F32")
+    count_non_finite(nothing, "BF16")
+
+
 # ---- comparison ---------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from merger import publish
+from merger import kernels, publish
 from merger.budget import DEFAULT_MEMORY, Allotment, allot
 from merger.engine import write_shards
 from merger.errors import IncompatibleSources, NonFiniteInput, RecipeError, VerificationFailed
@@ -113,6 +113,7 @@ def _write(
 ) -> tuple[list[Receipt], Figures]:
     finished = {receipt.file for receipt in earlier}
     left = [shard for shard in plan.shards if shard.name not in finished]
+    kernels.load()
     progress.begin(plan.size, plan.size - sum(shard.size for shard in left))
     began = time.perf_counter()
     made = write_shards(

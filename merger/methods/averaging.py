@@ -25,7 +25,8 @@ class Averaging(Method):
     """A weighted sum of the checkpoints of a run, with weights that follow from their steps."""
 
     checkpoints: Checkpoints = Field(
-        description="A pattern such as runs/tiny/step-*, taken in natural order, or a list of models and recipes, oldest first."
+        description="A pattern such as runs/tiny/step-*, taken in natural order, "
+        "or a list of models and recipes, oldest first."
     )
     steps: list[int] | None = Field(
         default=None, description="The training step of each checkpoint, where the names do not end in it."
@@ -87,7 +88,8 @@ class Average(Averaging):
 
     paper: ClassVar[str] = "Model soups, arXiv 2203.05482"
     example: ClassVar[str] = (
-        "method: average\ncheckpoints: [models/a, models/b, models/c]\nweights: [0.5, 0.3, 0.2]\noutput: {path: out/average}"
+        "method: average\ncheckpoints: [models/a, models/b, models/c]\n"
+        "weights: [0.5, 0.3, 0.2]\noutput: {path: out/average}"
     )
     is_ordered: ClassVar[bool] = False
 
@@ -135,7 +137,8 @@ class Ema(Averaging):
     decay_steps: int | None = Field(
         default=None,
         ge=1,
-        description="The training steps that `decay` stands for: a gap of g steps then decays by decay^(g / decay_steps). "
+        description="The training steps that `decay` stands for: "
+        "a gap of g steps then decays by decay^(g / decay_steps). "
         "Without it every checkpoint counts as one, whatever the spacing.",
     )
     bias_correction: bool = Field(

@@ -35,7 +35,8 @@ def ema(steps: Steps, decay: Callable[[int, int], float], *, bias_correction: bo
     """An exponential moving average over the checkpoints: e_i = b_i e_(i-1) + (1 - b_i) x_i.
 
     `decay(i, gap)` is b_i for checkpoint i (from 1), `gap` steps after the one before. The average starts from the
-    first checkpoint, or with `bias_correction` from zero, divided by what has been gathered (Kingma & Ba 2015, section 3).
+    first checkpoint, or with `bias_correction` from zero,
+    divided by what has been gathered (Kingma & Ba 2015, section 3).
     """
     gaps = [_typical_gap(steps), *(b - a for a, b in pairwise(steps))]
     kept = [decay(i, gap) for i, gap in enumerate(gaps, start=1)]
@@ -69,7 +70,8 @@ def lawa(steps: Steps, k: int, interval: int | None, end: int | None) -> Weights
         missing = sorted(set(window) - set(steps))
         if missing:
             raise ValueError(
-                f"k={k} at an interval of {interval} needs checkpoints at {_listed(missing)}; there are {_listed(steps)}"
+                f"k={k} at an interval of {interval} needs checkpoints at {_listed(missing)}; "
+                f"there are {_listed(steps)}"
             )
     return uniform([step in window for step in steps])
 

@@ -199,7 +199,8 @@ def _notes_on_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
     mixed = [name for name in first.tensors if len({checkpoint.tensors[name].dtype for checkpoint in checkpoints}) > 1]
     if mixed:
         notes.append(
-            f"{len(mixed)} tensors come in different dtypes and are written in one that holds them all, {mixed[0]} first"
+            f"{len(mixed)} tensors come in different dtypes and are written in one that holds them all, "
+            f"{mixed[0]} first"
         )
     return notes
 
