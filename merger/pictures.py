@@ -2,35 +2,36 @@
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8f98"
 _SIZE = (8.0, 3.2)  # inches
+_MOST_NAMES = 12
 _DPI = 125  # 1000 pixels wide
 
 
 def draw_weights(steps: Sequence[int | None], weights: Sequence[float], names: Sequence[str]) -> bytes:
-    """Bars of the weight of every source: along the training steps where they are known, else in their order."""
-    known = [step for step in steps if step is not None]
-    along_steps = len(known) == len(weights) and len(set(known)) == len(known) > 1
-    places = [float(step) for step in known] if along_steps else [float(i) for i in range(len(weights))]
+    """Bars of the weight of every source: by name where they are few, else along the training steps or in order."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    gaps = [b - a for a, b in zip(sorted(places), sorted(places)[1:], strict=False)]
+    known = [step for step in steps if step is not None]
+    places = [float(i) for i in range(len(weights))]
+    if len(weights) <= _MOST_NAMES:
+        tilted = sum(map(len, names)) > 90
+        axes.set_xticks(places, [_short(name) for name in names])
+        axes.tick_params(axis="x", rotation=20 if tilted else 0)
+    elif len(set(known)) == len(weights):
+        places = [float(step) for step in known]
+        axes.set_xlabel("training step")
+    else:
+        axes.set_xlabel("source")
+    gaps = [b - a for a, b in pairwise(sorted(places))]
     axes.bar(places, weights, width=0.7 * min(gaps, default=1.0), color=[BLUE if w >= 0 else ORANGE for w in weights])
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_ylabel("weight")
-    if along_steps:
-        axes.set_xlabel("training step")
-    else:
-        axes.set_xticks(
-            places,
-            [_short(name) for name in names],
-            rotation=30 if len(names) > 4 else 0,
-            ha="right" if len(names) > 4 else "center",
-        )
     axes.set_title(f"{len(weights)} sources, weights sum to {sum(weights):.6g}", loc="left", fontsize=10)
     _plain(axes)
     return _png(figure)

@@ -91,7 +91,8 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot be read: {error}", where=str(path), remedy="Give the path of a recipe.") from error
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"cannot be read: {cause}", where=str(path), remedy="Give the path of a recipe.") from error
     return parse_document(text, changes, where=str(path))
 
 
@@ -159,6 +160,7 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
     detail = details[0]
     path, holder = _path_of(detail["loc"], content)
     where = ".".join(part for part in (root, path) if part)
+    remedy = f"`output` has the fields {', '.join(Output.model_fields)}." if root else ""
     if detail["type"] == "unknown_method":
         name = detail["ctx"]["name"]
         return RecipeError(
@@ -166,9 +168,9 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
         )
     if detail["type"] == "extra_forbidden":
         known = _fields_of(holder, root)
-        return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where)
+        return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where, remedy=remedy)
     message = detail["msg"].removeprefix("Value error, ")
-    return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe")
+    return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe", remedy=remedy)
 
 
 def _path_of(location: Sequence[str | int], content: Any) -> tuple[str, Any]:

@@ -3,10 +3,12 @@
 Knows the order of things; does none of them itself.
 """
 
+import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +68,28 @@ class Outcome:
 
 def plan_of(document: Document, options: Options) -> tuple[Plan, Allotment]:
     """Resolve a document and lay out its result; reads configs, headers and integer buffers. Raises RequestError."""
-    checkpoint = resolve(document)
+    with _without_collector():
+        checkpoint = resolve(document)
+        plan = make_plan(checkpoint, document.dump(), size_in_bytes(document.output.shard_size))
     if options.strict and checkpoint.warnings:
         raise IncompatibleSources(
             checkpoint.warnings[0], where="--strict", remedy="Without --strict this is a warning."
         )
-    plan = make_plan(checkpoint, document.dump(), size_in_bytes(document.output.shard_size))
     allotment = allot(plan, options.memory, options.threads)
     check_buffers(plan)
     return plan, allotment
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Planning a huge model makes a million objects that all stay: looking for garbage takes a third of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def output_of(document: Document) -> Path:

@@ -5,6 +5,7 @@ Verbs of higher floors join through the entry-point group `merger.verbs`.
 
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import FrameType
@@ -36,6 +37,14 @@ class _Verbs(click.Group):
         if name in VERBS:
             return _command(import_module(f"merger.cli.{name}").command)
         return next((_command(entry.load()) for entry in entry_points(group="merger.verbs", name=name)), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = get_close_matches(args[0], self.list_commands(ctx), 1)
+        if close and close != args[:1]:
+            ctx.fail(f"There is no verb {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         others = [(name, "") for name in self.list_commands(ctx) if name not in VERBS]

@@ -72,8 +72,13 @@ def open_folder(path: Path) -> ModelFolder:
         raise SourceError(
             "is not there", where=str(path), remedy="Give the folder of a model, or one .safetensors file."
         )
-    files = tuple(_weight_file(path / name) for name in _weight_names(path))
+    index = _index_of(path)
+    weight_map = _weight_map(index) if index else None
+    names = sorted(set(weight_map.values())) if weight_map else [_only_weights(path)]
+    files = tuple(_weight_file(path / name) for name in names)
     _check_unique(files)
+    if index and weight_map:
+        _check_index(index, weight_map, files)
     return ModelFolder(path, files, read_config(path), _side_files(path), _training_state(path))
 
 
@@ -88,21 +93,24 @@ def _stat(path: Path) -> os.stat_result:
         raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _weight_names(folder: Path) -> list[str]:
-    """The names of the weight files: those of the index where there is one, else the only safetensors file."""
+def _index_of(folder: Path) -> Path | None:
+    """The index of the weight files, or None where one file holds all. Raises SourceError where there are two sets."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
+    whole = folder / "model.safetensors"
+    if len(indexes) > 1 or (indexes and whole.exists()):
+        found = ", ".join(path.name for path in [*indexes, whole] if path.exists())
+        remedy = "Remove the stale one."
+        raise SourceError(f"holds more than one set of weights: {found}", where=str(folder), remedy=remedy)
+    return indexes[0] if indexes else None
+
+
+def _only_weights(folder: Path) -> str:
+    """The name of the file that holds all weights."""
     singles = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(indexes) > 1 or (indexes and "model.safetensors" in singles):
-        found = ", ".join([*(path.name for path in indexes), *singles[:1]])
-        raise SourceError(
-            f"holds more than one set of weights: {found}", where=str(folder), remedy="Remove the stale one."
-        )
-    if indexes:
-        return _names_in_index(indexes[0])
     if "model.safetensors" in singles:
-        return ["model.safetensors"]
+        return "model.safetensors"
     if len(singles) == 1:
-        return singles
+        return singles[0]
     if singles:
         raise SourceError(
             f"holds {len(singles)} safetensors files and no index that says which belong together",
@@ -115,34 +123,31 @@ def _weight_names(folder: Path) -> list[str]:
             f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(folder)
         )
     raise SourceError(
-        "holds no safetensors weights",
-        where=str(folder),
-        remedy="Give the folder that has model.safetensors.",
+        "holds no safetensors weights", where=str(folder), remedy="Give the folder that has model.safetensors."
     )
 
 
-def _names_in_index(index: Path) -> list[str]:
-    """The files that an index names, checked against the folder and against the tensors in the files."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to file, every file a plain name in the same folder."""
     weight_map = read_json(index).get("weight_map")
-    if type(weight_map) is not dict or not all(type(name) is str for name in weight_map.values()):
+    if type(weight_map) is not dict or not weight_map or not all(type(name) is str for name in weight_map.values()):
         raise FormatError("has no `weight_map` from tensors to files", where=str(index))
-    by_file: dict[str, set[str]] = {}
-    for tensor, name in weight_map.items():
-        by_file.setdefault(name, set()).add(tensor)
-    for name in by_file:
+    for name in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
             raise FormatError(f"names {name!r}, which is not a safetensors file in the same folder", where=str(index))
         if not (index.parent / name).is_file():
-            raise FormatError(
-                f"names {name}, which is not in the folder",
-                where=str(index),
-                remedy="Download that file too.",
-            )
-    for name, tensors in by_file.items():
-        odd = tensors ^ read_header(index.parent / name).tensors.keys()
-        if odd:
-            raise FormatError(f"disagrees with {name} about tensor {min(odd)!r}", where=str(index))
-    return sorted(by_file)
+            remedy = "Download that file too."
+            raise FormatError(f"names {name}, which is not in the folder", where=str(index), remedy=remedy)
+    return weight_map
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], files: tuple[WeightFile, ...]) -> None:
+    """See that the index and the headers tell the same of every tensor."""
+    found = {name: file.path.name for file in files for name in file.header.tensors}
+    if weight_map != found:
+        tensor = min(name for name in weight_map.keys() | found.keys() if weight_map.get(name) != found.get(name))
+        listed, real = weight_map.get(tensor, "no file"), found.get(tensor, "no file")
+        raise FormatError(f"says that tensor {tensor!r} is in {listed}, it is in {real}", where=str(index))
 
 
 def _check_unique(files: tuple[WeightFile, ...]) -> None:
