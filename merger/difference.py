@@ -5,7 +5,7 @@ Sums are float64 over fixed blocks, added in the order of the blocks: the same f
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -58,13 +58,36 @@ class Distance:
         return max(-1.0, min(1.0, self.product / norms)) if norms else 0.0
 
 
-def measure(a: Checkpoint, b: Checkpoint, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, Distance]:
-    """The distance of every floating tensor that both have, by name. Raises IncompatibleSources where shapes differ."""
-    pairs = list(_pairs(a, b))
-    files = {leaf.file: InputFile(leaf.file.path, leaf.file.size) for _, *leaves in pairs for leaf in leaves}
+@dataclass(frozen=True)
+class Pair:
+    """A floating tensor as two checkpoints have it, in one shape."""
+
+    name: str
+    a: Stored
+    b: Stored
+
+
+def pairs_of(a: Checkpoint, b: Checkpoint) -> list[Pair]:
+    """The floating tensors that two stored checkpoints share. Raises IncompatibleSources where shapes differ."""
+    found = []
+    for name, first in a.tensors.items():
+        other = b.tensors.get(name)
+        if not isinstance(first, Stored) or not isinstance(other, Stored):
+            continue
+        if first.shape != other.shape:
+            shapes = f"{list(first.shape)} in {a.label} and {list(other.shape)} in {b.label}"
+            raise IncompatibleSources(f"has the shape {shapes}", where=f"tensor {name!r}")
+        if DTYPES[first.dtype].is_float and DTYPES[other.dtype].is_float:
+            found.append(Pair(name, first, other))
+    return found
+
+
+def measure(pairs: Sequence[Pair], limit: int | None = None) -> dict[str, Distance]:
+    """The distance of every pair, by name; with `limit` over the first so many elements of each."""
+    files = {leaf.file: InputFile(leaf.file.path, leaf.file.size) for pair in pairs for leaf in (pair.a, pair.b)}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return {name: _tensor(pool, files, first, other, on_bytes) for name, first, other in pairs}
+            return {pair.name: _tensor(pool, files, pair, limit) for pair in pairs}
     except OSError as error:
         raise SourceChanged(f"cannot be read any more: {error.strerror}", where=str(error.filename)) from error
     finally:
@@ -72,41 +95,19 @@ def measure(a: Checkpoint, b: Checkpoint, on_bytes: Callable[[int], None] = lamb
             file.close()
 
 
-def _pairs(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, Stored, Stored]]:
-    for name, first in a.tensors.items():
-        other = b.tensors.get(name)
-        if not isinstance(first, Stored) or not isinstance(other, Stored):
-            continue
-        if first.shape != other.shape:
-            raise IncompatibleSources(
-                f"has the shape {list(first.shape)} in {a.label} and {list(other.shape)} in {b.label}",
-                where=f"tensor {name!r}",
-            )
-        if DTYPES[first.dtype].is_float and DTYPES[other.dtype].is_float:
-            yield name, first, other
+def _tensor(pool: Executor, files: Mapping[File, InputFile], pair: Pair, limit: int | None) -> Distance:
+    size = math.prod(pair.a.shape)
+    size = size if limit is None else min(size, limit)
+    blocks = pool.map(lambda start: _block(files, pair, start, min(start + _BLOCK, size)), range(0, size, _BLOCK))
+    return sum(blocks, Distance())
 
 
-def _tensor(
-    pool: Executor, files: Mapping[File, InputFile], a: Stored, b: Stored, on_bytes: Callable[[int], None]
-) -> Distance:
-    return sum(pool.map(lambda start: _block(files, a, b, start, on_bytes), _blocks(a)), Distance())
-
-
-def _blocks(tensor: Stored) -> range:
-    return range(0, math.prod(tensor.shape), _BLOCK)
-
-
-def _block(
-    files: Mapping[File, InputFile], a: Stored, b: Stored, start: int, on_bytes: Callable[[int], None]
-) -> Distance:
-    stop = min(start + _BLOCK, math.prod(a.shape))
+def _block(files: Mapping[File, InputFile], pair: Pair, start: int, stop: int) -> Distance:
     values = []
-    for tensor in (a, b):
+    for tensor in (pair.a, pair.b):
         part = tensor.range(start, stop)
-        buffer = page_aligned(part.stop - part.start + 2 * PAGE)
-        values.append(files[tensor.file].read(part.start, part.stop, buffer))
-        on_bytes(part.stop - part.start)
-    return Distance(stop - start, *compare(values[0], a.dtype, values[1], b.dtype))
+        values.append(files[tensor.file].read(part.start, part.stop, page_aligned(part.stop - part.start + 2 * PAGE)))
+    return Distance(stop - start, *compare(values[0], pair.a.dtype, values[1], pair.b.dtype))
 
 
 def by_layer(distances: Mapping[str, Distance]) -> dict[str, Distance]:

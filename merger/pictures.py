@@ -37,7 +37,7 @@ def draw_weights(steps: Sequence[int | None], weights: Sequence[float], names: S
     return _png(figure)
 
 
-def draw_distances(layers: Sequence[str], relative: Sequence[float], cosine: Sequence[float]) -> bytes:
+def draw_distances(title: str, layers: Sequence[str], relative: Sequence[float], cosine: Sequence[float]) -> bytes:
     """Two rows over the layers: the relative distance of the weights, and one minus the cosine between them."""
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -50,7 +50,7 @@ def draw_distances(layers: Sequence[str], relative: Sequence[float], cosine: Seq
     below.set_xticks(
         list(places)[::every], [_short(name) for name in layers][::every], rotation=60, ha="right", fontsize=8
     )
-    above.set_title("How far the two checkpoints are apart, layer by layer", loc="left", fontsize=10)
+    above.set_title(title, loc="left", fontsize=10)
     for axes in (above, below):
         _plain(axes)
     return _png(figure)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from merger.errors import OutputOccupied, WriteFailed
 from merger.plan import Plan, index_of
 from merger.receipt import FOLDER, Receipt, read_receipt
 from merger.storage.disk import sync_folder, write_atomically
+from merger.storage.folder import read_json
 from merger.verify import MANIFEST
 
 _PLAN = "plan.json"
@@ -102,6 +104,13 @@ def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifes
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def published(output: Path) -> list[Receipt]:
+    """The receipts of a complete result, as its manifest tells them."""
+    manifest = read_json(output / MANIFEST)
+    shards = [Receipt(fingerprint=manifest["fingerprint"], **shard) for shard in manifest["shards"]]
+    return [replace(shards[0], non_finite=manifest["non_finite"]), *shards[1:]]
 
 
 def discard(output: Path, plan: Plan) -> None:

@@ -6,13 +6,13 @@ Knows the order of things; does none of them itself.
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from merger import kernels, publish
+from merger import gallery, kernels, publish
 from merger.budget import DEFAULT_MEMORY, Allotment, allot
 from merger.engine import write_shards
 from merger.errors import IncompatibleSources, NonFiniteInput, RecipeError, VerificationFailed
@@ -107,18 +107,21 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
     output = output_of(document)
     plan, allotment = plan_of(document, options)
     if publish.is_complete(output, plan):
-        return Outcome(output, plan, check_written(plan, output, []), None, len(plan.shards), plan.checkpoint.warnings)
+        receipts = publish.published(output)
+        checks = check_written(plan, output, receipts)
+        return Outcome(output, plan, checks, None, len(receipts), [*plan.checkpoint.warnings, *_inherited(receipts)])
     publish.check_free(output, plan)
     check_disk(plan, output, sum(receipt.size for receipt in publish.finished_shards(output, plan)))
     with publish.taken(output, plan), ThreadPoolExecutor(1, "picture") as drawing:
         earlier = publish.finished_shards(output, plan)
-        pictures = drawing.submit(_pictures, plan)
+        bars = drawing.submit(gallery.weights, plan)
         try:
             receipts, figures = _write(plan, output, allotment, options, progress, earlier)
             checks = _checked(plan, output, receipts)
         except (NonFiniteInput, VerificationFailed):
             publish.discard(output, plan)  # trying again would come to the same
             raise
+        pictures = {"weights": bars.result(), **gallery.distances(plan, output)}
         _complete(plan, output, receipts, checks, figures, pictures)
     return Outcome(output, plan, checks, figures, len(earlier), [*plan.checkpoint.warnings, *_inherited(receipts)])
 
@@ -163,26 +166,17 @@ def _inherited(receipts: Sequence[Receipt]) -> list[str]:
     return [f"{name}: {count:,} values are NaN or infinite because a source's are" for name, count in found]
 
 
-def _pictures(plan: Plan) -> dict[str, bytes]:
-    from merger.pictures import draw_weights  # noqa: PLC0415  (half a second, spent while the disk works)
-
-    parts = plan.checkpoint.parts
-    names = [Path(part.source.reference).name for part in parts]
-    return {"Weights": draw_weights([part.source.step for part in parts], [part.weight for part in parts], names)}
-
-
 def _complete(
     plan: Plan,
     output: Path,
     receipts: Sequence[Receipt],
     checks: Sequence[Check],
     figures: Figures,
-    pictures: "Future[dict[str, bytes]]",
+    pictures: Mapping[str, bytes],
 ) -> None:
-    drawn = pictures.result()
     texts: dict[str, str | bytes] = {
         "README.md": model_card(plan),
-        "report.html": page(plan, checks, figures, drawn),
-        **{f"{title.lower()}.png": png for title, png in drawn.items()},
+        "report.html": page(plan, checks, figures, pictures),
+        **{f"{name}.png": png for name, png in pictures.items()},
     }
     publish.complete(output, plan, texts, manifest(plan, receipts))

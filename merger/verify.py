@@ -14,7 +14,7 @@ from typing import Any
 from merger.architecture import embedding_of, head_of, ties_embeddings
 from merger.checksum import checksum, leaves
 from merger.dtypes import DTYPES
-from merger.errors import MergerError
+from merger.errors import RequestError
 from merger.expression import Expression
 from merger.kernels import Bytes, count_non_finite
 from merger.plan import Plan
@@ -169,7 +169,9 @@ def _loads(folder: Path) -> Check:
     try:
         import transformers  # noqa: PLC0415  (seconds, and only for this check)
     except ImportError as error:
-        raise MergerError("transformers is not installed", remedy="pip install 'merger[torch]'") from error
+        raise RequestError(
+            "needs transformers, which is not installed", where="--load", remedy="pip install 'merger[torch]'"
+        ) from error
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     names = (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}).get("architectures") or []
     model = getattr(transformers, names[0], None) if names else transformers.AutoModel

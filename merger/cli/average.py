@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+import yaml
 
 from merger.cli.run import run_document
 from merger.cli.terminal import running_options
@@ -69,8 +70,8 @@ def _numbers(text: str | None) -> list[float] | None:
         raise RecipeError(f"{text!r} is not a list of numbers", where="--weights") from error
 
 
-def _field(text: str) -> tuple[str, str]:
+def _field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise RecipeError("must look like field=value", where=f"--field {text}")
-    return name, value
+    return name, yaml.safe_load(value)

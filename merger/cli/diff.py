@@ -8,7 +8,7 @@ import click
 
 from merger.checkpoint import Checkpoint, open_checkpoint
 from merger.cli.terminal import as_json
-from merger.difference import Distance, by_layer, measure
+from merger.difference import Distance, by_layer, measure, pairs_of
 
 
 @click.command(name="diff")
@@ -20,7 +20,7 @@ from merger.difference import Distance, by_layer, measure
 def command(a: Path, b: Path, picture: Path | None, tensors: bool, as_json: bool) -> None:
     """Show how far the checkpoints A and B are apart, layer by layer: |a - b| / |a|, cosine, largest difference."""
     first, other = open_checkpoint(a), open_checkpoint(b)
-    distances = measure(first, other)
+    distances = measure(pairs_of(first, other))
     rows = distances if tensors else by_layer(distances)
     total = sum(distances.values(), Distance())
     if picture:
@@ -63,4 +63,5 @@ def _draw(picture: Path, rows: dict[str, Distance]) -> None:
     from merger.pictures import draw_distances  # noqa: PLC0415  (half a second, only where a picture is wanted)
 
     values = list(rows.values())
-    picture.write_bytes(draw_distances(list(rows), [row.relative for row in values], [row.cosine for row in values]))
+    relative, cosine = [row.relative for row in values], [row.cosine for row in values]
+    picture.write_bytes(draw_distances("How far the two checkpoints are apart", list(rows), relative, cosine))

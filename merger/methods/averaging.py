@@ -117,6 +117,8 @@ class Swa(Averaging):
     @field_validator("start")
     @classmethod
     def _step_or_share(cls, start: int | str) -> int | str:
+        if isinstance(start, str) and start.isdigit():
+            return int(start)
         if isinstance(start, str) and not re.fullmatch(r"\d{1,2}(\.\d+)?%|100%", start):
             raise ValueError("must be a step, or a share of the last step such as 75%")
         return start

@@ -124,9 +124,14 @@ class OutputFile:
             direct = _open_direct(path, flags)
             self.is_direct = direct is not None
             self._file = direct if direct is not None else os.open(path, flags | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise WriteFailed(f"cannot be made: {error.strerror}", where=str(path)) from error
+        try:
             if size:
                 os.posix_fallocate(self._file, 0, round_up(size))
         except OSError as error:
+            os.close(self._file)
+            path.unlink()
             raise WriteFailed(f"cannot reserve {size:,} bytes: {error.strerror}", where=str(path)) from error
 
     def write(self, piece: Bytes, start: int) -> None:

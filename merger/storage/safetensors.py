@@ -132,7 +132,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
 def _naturals(values: Any) -> bool:
     if type(values) is not list:
         return False
-    for value in values:  # a plain loop: this runs twice for each of up to a million tensors
+    for value in values:  # noqa: SIM110  (a plain loop: this runs twice for each of up to a million tensors)
         if type(value) is not int or not 0 <= value < _LIMIT:
             return False
     return True
