@@ -21,7 +21,7 @@ SAMPLE = 1 << 16  # elements of each tensor that the report's picture of distanc
 
 
 def distances(plan: Plan, output: Path) -> dict[str, bytes]:
-    """How far the result is from the last of its sources, by layer, from a sample of each tensor; nothing for a copy."""
+    """How far the result is from its last source, by layer, from a sample of each tensor; nothing for a copy."""
     from merger.pictures import draw_distances  # noqa: PLC0415
 
     layers = by_layer(measure(_pairs_with_last(plan, output), SAMPLE))

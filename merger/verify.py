@@ -43,9 +43,7 @@ def check_written(plan: Plan, output: Path, receipts: Sequence[Receipt]) -> list
     """Judge finished shards against their plan: files, headers, finite values, ties. Reads headers only."""
     wrong = [shard.name for shard in plan.shards if not _as_planned(output / shard.name, shard.header, shard.size)]
     tensors = len(plan.checkpoint.tensors)
-    files = _check(
-        "files", wrong, f"{len(plan.shards)} files with {tensors} tensors, names, shapes and sizes as planned"
-    )
+    files = _check("files", wrong, f"names, shapes and sizes as planned, {tensors} tensors")
     overflowed = {name: count for receipt in receipts for name, count in receipt.overflowed.items()}
     non_finite = {name: count for receipt in receipts for name, count in receipt.non_finite.items()}
     return [files, _finite(non_finite, overflowed), _ties(plan.checkpoint.config, plan.checkpoint.tensors)]
@@ -112,7 +110,7 @@ def check_folder(folder: Path, *, load: bool = False, on_bytes: Callable[[int], 
 
 def _structure(model: ModelFolder) -> Check:
     tensors = sum(len(file.header.tensors) for file in model.files)
-    return Check("files", True, f"{len(model.files)} files with {tensors} tensors, well formed")
+    return Check("files", True, f"well formed, {tensors} tensors")
 
 
 def _against_manifest(manifest: Mapping[str, Any], checksums: Mapping[str, str]) -> Check:
@@ -121,7 +119,7 @@ def _against_manifest(manifest: Mapping[str, Any], checksums: Mapping[str, str])
     damaged = [
         f"{name} is not the file that was written" for name, value in checksums.items() if planned.get(name) != value
     ]
-    return _check("checksums", [*missing, *damaged], f"{len(planned)} files are byte for byte what was written")
+    return _check("checksums", [*missing, *damaged], "byte for byte what was written")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What verbs share on a terminal: progress bars, sizes, options. Knows rich and click; knows nothing of models."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -124,7 +125,7 @@ class Lines(Silent):
         self._total, self._done = total, done
         self._began, self._first, self._next = time.monotonic(), done, time.monotonic() + self.EVERY
         resumed = f", {gigabytes(done)} are there from an earlier run" if done else ""
-        click.echo(f"writing {gigabytes(total)}{resumed}", err=True)
+        _tell(f"writing {gigabytes(total)}{resumed}")
 
     def advance(self, count: int) -> None:
         with self._lock:
@@ -135,9 +136,13 @@ class Lines(Silent):
             self._next = now + self.EVERY
             speed = (self._done - self._first) / (now - self._began)
         left = (self._total - self._done) / speed
-        click.echo(
-            f"{gigabytes(self._done)} of {gigabytes(self._total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left", err=True
-        )
+        _tell(f"{gigabytes(self._done)} of {gigabytes(self._total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left")
 
     def finished(self, receipt: Receipt) -> None:
-        click.echo(f"finished {receipt.file}", err=True)
+        _tell(f"finished {receipt.file}")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error; work goes on where nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
