@@ -8,22 +8,22 @@ every element is computed for itself, by the same operations in the same order.
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from merger.budget import PAGE, Allotment, read_cost
+from merger.budget import Allotment, read_cost
 from merger.checksum import LEAF, checksum, leaves
 from merger.dtypes import DTYPES
-from merger.errors import MergerError, NonFiniteInput, SourceChanged, WriteFailed
-from merger.expression import ByteRange, Expression, Fetch, File
+from merger.errors import MergerError, NonFiniteInput, WriteFailed
+from merger.expression import Expression, Fetch, File
 from merger.kernels import Bytes, count_non_finite
 from merger.plan import Shard
+from merger.reader import OpenFiles, read
 from merger.receipt import FOLDER, Receipt, write_receipt
-from merger.storage.disk import InputFile, OutputFile, page_aligned, round_up, sync_folder
+from merger.storage.disk import OutputFile, page_aligned, round_up, sync_folder
 
 OnBytes = Callable[[int], None]
 OnShard = Callable[[Receipt], None]
@@ -45,7 +45,7 @@ def write_shards(
     SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
     """
     work = _Work(shards, output, allotment.block, fingerprint, on_shard)
-    inputs = _OpenFiles()
+    inputs = OpenFiles()
     threads = [
         threading.Thread(target=_fill_blocks, args=(work, inputs, allotment, strict, on_bytes), name=f"engine-{i}")
         for i in range(allotment.threads)
@@ -167,7 +167,7 @@ class _Work:
             current.partial.unlink(missing_ok=True)
 
 
-def _fill_blocks(work: _Work, inputs: "_OpenFiles", allotment: Allotment, strict: bool, on_bytes: OnBytes) -> None:
+def _fill_blocks(work: _Work, inputs: OpenFiles, allotment: Allotment, strict: bool, on_bytes: OnBytes) -> None:
     """What each thread does."""
     try:
         output, buffer = page_aligned(allotment.block), page_aligned(allotment.buffer)
@@ -241,11 +241,11 @@ def _divided(piece: _Piece, capacity: int) -> Iterator[_Piece]:
 
 
 def _evaluate(
-    work: _Work, block: _Block, batch: Sequence[_Piece], inputs: "_OpenFiles", buffer: Bytes, strict: bool
+    work: _Work, block: _Block, batch: Sequence[_Piece], inputs: OpenFiles, buffer: Bytes, strict: bool
 ) -> None:
     """Read what a batch is made from and make it."""
     wanted = {read for piece in batch for read in piece.expression.reads(piece.start, piece.stop)}
-    values = _read(wanted, inputs, buffer)
+    values = read(wanted, inputs, buffer)
     for piece in batch:
         try:
             bad = piece.expression.write(piece.start, piece.stop, values.__getitem__, piece.out)
@@ -267,95 +267,3 @@ def _non_finite_input(piece: _Piece, fetch: Fetch) -> File | None:
         if DTYPES[leaf.dtype].is_float and count_non_finite(fetch(leaf.range(piece.start, piece.stop)), leaf.dtype):
             return leaf.file
     return None
-
-
-# ---- reading ------------------------------------------------------------------------------------------
-
-
-def _read(wanted: Iterable[ByteRange], inputs: "_OpenFiles", buffer: Bytes) -> dict[ByteRange, Bytes]:
-    """Read the ranges into the buffer, neighbours at once; the arrays are views of it."""
-    values: dict[ByteRange, Bytes] = {}
-    position = 0
-    for run in _runs(wanted):
-        start, stop = run[0].start, max(part.stop for part in run)
-        with inputs.lease(run[0].file) as file:
-            data = file.read(start, stop, buffer[position:])
-        position += round_up(stop - start // PAGE * PAGE)
-        for part in run:
-            values[part] = data[part.start - start : part.stop - start]
-    return values
-
-
-def _runs(wanted: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
-    """Ranges grouped with their neighbours: in one file, overlapping or less than the pages that a read apart costs."""
-    run: list[ByteRange] = []
-    stop = 0
-    for part in sorted(wanted, key=lambda part: (id(part.file), part.start)):
-        if run and (part.file is not run[0].file or part.start > stop + PAGE):
-            yield run
-            run = []
-        stop = max(stop, part.stop) if run else part.stop
-        run.append(part)
-    if run:
-        yield run
-
-
-class _OpenFiles:
-    """Input files, opened when they are first needed and shared by the threads; idle ones are closed when there
-    are many.
-    """
-
-    LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two a file
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[File, InputFile] = OrderedDict()
-        self._users: dict[File, int] = {}
-
-    def lease(self, file: File) -> "_Lease":
-        return _Lease(self, file)
-
-    def acquire(self, file: File) -> InputFile:
-        with self._lock:
-            if file not in self._open:
-                self._close_idle()
-                self._open[file] = _open_unchanged(file)
-            self._open.move_to_end(file)
-            self._users[file] = self._users.get(file, 0) + 1
-            return self._open[file]
-
-    def release(self, file: File) -> None:
-        with self._lock:
-            self._users[file] -= 1
-
-    def _close_idle(self) -> None:
-        idle = [file for file in self._open if not self._users.get(file)]
-        for file in idle[: max(0, len(self._open) - self.LIMIT + 1)]:
-            self._open.pop(file).close()
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-
-class _Lease:
-    """An input file for as long as the `with` block lasts."""
-
-    def __init__(self, files: _OpenFiles, file: File) -> None:
-        self._files, self._file = files, file
-
-    def __enter__(self) -> InputFile:
-        return self._files.acquire(self._file)
-
-    def __exit__(self, *_raised: object) -> None:
-        self._files.release(self._file)
-
-
-def _open_unchanged(file: File) -> InputFile:
-    """Raises SourceChanged where the file is not the one that was planned."""
-    try:
-        if file.path.stat().st_mtime_ns != file.mtime_ns:
-            raise SourceChanged("was written to since it was planned", where=str(file.path))
-        return InputFile(file.path, file.size)
-    except OSError as error:
-        raise SourceChanged(f"cannot be opened any more: {error.strerror}", where=str(file.path)) from error

@@ -8,18 +8,18 @@ A document is a recipe with `output`. Paths are relative to the folder in which 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
-from merger.checkpoint import Checkpoint, in_dtype, open_checkpoint, step_of
+from merger.checkpoint import Checkpoint, in_dtype, open_checkpoint
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError
 from merger.methods import METHODS
-from merger.methods.method import Member, Method, Sources
+from merger.methods.method import Method
+from merger.sources import LocalSources, local_folder
 from merger.tokenizer import difference
 
 
@@ -211,7 +211,7 @@ def resolve(document: Document) -> Checkpoint:
 
     Raises RequestError: everything that can be known from configs and headers is refused here.
     """
-    checkpoint = document.recipe.build(_LocalSources())
+    checkpoint = document.recipe.build(LocalSources())
     if document.output.side_files_from:
         checkpoint = _with_side_files(checkpoint, document.output.side_files_from)
     if document.output.dtype:
@@ -220,7 +220,7 @@ def resolve(document: Document) -> Checkpoint:
 
 
 def _with_side_files(checkpoint: Checkpoint, reference: str) -> Checkpoint:
-    giver = open_checkpoint(_local(reference), reference)
+    giver = open_checkpoint(local_folder(reference), reference)
     problem = difference(checkpoint.side_files, giver.side_files)
     if problem:
         raise IncompatibleSources(f"{reference} has another vocabulary: {problem}", where="output.side_files_from")
@@ -228,61 +228,3 @@ def _with_side_files(checkpoint: Checkpoint, reference: str) -> Checkpoint:
         if giver.tensors[name].shape != checkpoint.tensors[name].shape:
             raise IncompatibleSources(f"{reference} has another shape of {name}", where="output.side_files_from")
     return checkpoint.with_side_files_of(giver)
-
-
-class _LocalSources(Sources):
-    """Models in local folders, and recipes within the recipe."""
-
-    def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
-        if not isinstance(checkpoints, str):
-            members = tuple(self._member(source) for source in checkpoints)
-        elif has_magic(checkpoints):
-            members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
-        else:
-            members = (self._member(checkpoints),)
-        if not members:
-            raise SourceError("names no checkpoint", where="checkpoints")
-        return members
-
-    def _member(self, source: str | Method) -> Member:
-        return Member(source, step_of(Path(source)) if isinstance(source, str) else None)
-
-    def open(self, member: Member) -> Checkpoint:
-        if isinstance(member.origin, Method):
-            made = member.origin.build(self)
-            return made.named(str(member))
-        return open_checkpoint(_local(member.origin), member.origin)
-
-
-def _matches(pattern: str) -> list[str]:
-    """The folders and safetensors files that a pattern matches, in natural order: step-9 before step-10."""
-    found = glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  (keeps the path as it was written)
-    models = [path for path in found if Path(path).is_dir() or path.endswith(".safetensors")]
-    if not models:
-        raise SourceError("matches no folder", where=f"checkpoints: {pattern}", remedy=_nearest(pattern))
-    return sorted(models, key=_natural)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
-
-
-def _nearest(pattern: str) -> str:
-    """How far the pattern gets: the deepest folder of it that exists, and what is in there."""
-    folder = Path(pattern).expanduser()
-    while has_magic(str(folder)) or not folder.is_dir():
-        folder = folder.parent
-    names = sorted(path.name for path in folder.iterdir())[:5]
-    return f"{folder.resolve()} holds {', '.join(names) or 'nothing'}. Paths are relative to where the command runs."
-
-
-def _local(reference: str) -> Path:
-    """The folder of a reference. Raises SourceError for one on the Hub, which is not read yet."""
-    path = Path(reference).expanduser()
-    if reference.startswith("hf://") or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", reference)):
-        raise SourceError(
-            "is not a folder here, and models on the Hub are not read yet",
-            where=reference,
-            remedy=f"Download it first: hf download {reference.removeprefix('hf://')} --local-dir FOLDER",
-        )
-    return path

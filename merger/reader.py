@@ -1,0 +1,99 @@
+"""Reads what a batch of work needs: many ranges of many files into one buffer. Knows files and ranges, not what they mean."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+from merger.errors import SourceChanged
+from merger.expression import ByteRange, File
+from merger.kernels import Bytes
+from merger.storage.disk import PAGE, InputFile, round_up
+
+
+class OpenFiles:
+    """Input files, opened when they are first needed and shared by the threads; idle ones are closed when there
+    are many.
+    """
+
+    LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two a file
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[File, InputFile] = OrderedDict()
+        self._users: dict[File, int] = {}
+
+    def lease(self, file: File) -> "_Lease":
+        return _Lease(self, file)
+
+    def acquire(self, file: File) -> InputFile:
+        with self._lock:
+            if file not in self._open:
+                self._close_idle()
+                self._open[file] = _open_unchanged(file)
+            self._open.move_to_end(file)
+            self._users[file] = self._users.get(file, 0) + 1
+            return self._open[file]
+
+    def release(self, file: File) -> None:
+        with self._lock:
+            self._users[file] -= 1
+
+    def _close_idle(self) -> None:
+        idle = [file for file in self._open if not self._users.get(file)]
+        for file in idle[: max(0, len(self._open) - self.LIMIT + 1)]:
+            self._open.pop(file).close()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+class _Lease:
+    """An input file for as long as the `with` block lasts."""
+
+    def __init__(self, files: OpenFiles, file: File) -> None:
+        self._files, self._file = files, file
+
+    def __enter__(self) -> InputFile:
+        return self._files.acquire(self._file)
+
+    def __exit__(self, *_raised: object) -> None:
+        self._files.release(self._file)
+
+
+def _open_unchanged(file: File) -> InputFile:
+    """Raises SourceChanged where the file is not the one that was planned."""
+    try:
+        if file.path.stat().st_mtime_ns != file.mtime_ns:
+            raise SourceChanged("was written to since it was planned", where=str(file.path))
+        return InputFile(file.path, file.size)
+    except OSError as error:
+        raise SourceChanged(f"cannot be opened any more: {error.strerror}", where=str(file.path)) from error
+
+
+def read(wanted: Iterable[ByteRange], inputs: OpenFiles, buffer: Bytes) -> dict[ByteRange, Bytes]:
+    """Read the ranges into the buffer, neighbours at once; the arrays are views of it."""
+    values: dict[ByteRange, Bytes] = {}
+    position = 0
+    for run in _runs(wanted):
+        start, stop = run[0].start, max(part.stop for part in run)
+        with inputs.lease(run[0].file) as file:
+            data = file.read(start, stop, buffer[position:])
+        position += round_up(stop - start // PAGE * PAGE)
+        for part in run:
+            values[part] = data[part.start - start : part.stop - start]
+    return values
+
+
+def _runs(wanted: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Ranges grouped with their neighbours: in one file, overlapping or less than the pages that a read apart costs."""
+    run: list[ByteRange] = []
+    stop = 0
+    for part in sorted(wanted, key=lambda part: (id(part.file), part.start)):
+        if run and (part.file is not run[0].file or part.start > stop + PAGE):
+            yield run
+            run = []
+        stop = max(stop, part.stop) if run else part.stop
+        run.append(part)
+    if run:
+        yield run
