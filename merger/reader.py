@@ -1,4 +1,4 @@
-"""Reads what a batch of work needs: many ranges of many files into one buffer. Knows files and ranges, not what they mean."""
+"""Reads what a batch of work needs: many ranges of many files into one buffer. Knows files, not what is in them."""
 
 import threading
 from collections import OrderedDict
