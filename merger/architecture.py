@@ -12,11 +12,12 @@ Config = Mapping[str, Any]
 # Routers' correction biases and the like are kept in float32 by the models that have them (transformers
 # `_keep_in_fp32_modules`): lower precision changes which experts are picked.
 _KEPT_IN_FLOAT32 = re.compile(r"e_score_correction_bias|expert_bias|moe_statics|\bmlp\.gate\.wg\b")
+_ERNIE_ROUTER = re.compile(r"\bmlp\.gate\.weight$")
 # Running statistics of batch normalisation: they belong to one set of weights and are not averaged
 # (Izmailov et al. 2018, section 3.2: recompute them with a pass over the data).
 _RUNNING_STATISTICS = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
-_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^(model\.)?output\.weight$")
 
 # Keys that say nothing about the function that the weights compute.
 _INCIDENTAL = {
@@ -33,8 +34,10 @@ _INCIDENTAL = {
 }
 
 
-def kept_in_float32(name: str) -> bool:
-    """Whether the tensor stays in float32 when a checkpoint is written in a narrower dtype."""
+def kept_in_float32(name: str, config: Config | None) -> bool:
+    """Whether the tensor stays in float32 when a checkpoint of this config is written in a narrower dtype."""
+    if (config or {}).get("model_type") == "ernie4_5_moe" and _ERNIE_ROUTER.search(name):
+        return True
     return bool(_KEPT_IN_FLOAT32.search(name))
 
 
@@ -63,21 +66,15 @@ def ties_embeddings(config: Config | None) -> bool:
     return bool(config) and bool(_text_config(config).get("tie_word_embeddings", False))
 
 
-def untied(config: Config) -> dict[str, Any]:
-    """The config with the head and the embedding apart."""
-    return _replaced(config, "tie_word_embeddings", False)
+def with_ties(config: Config, tied: bool) -> dict[str, Any]:
+    """The config saying whether the head is the embedding."""
+    return {**_replaced(config, "tie_word_embeddings", tied), "tie_word_embeddings": tied}
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
-    """The config naming another dtype (torch's name for it), under the keys that it has:
-
-    `dtype`, before v5 `torch_dtype`.
-    """
-    present = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    changed = dict(config)
-    for key in present:
-        changed = _replaced(changed, key, dtype)
-    return changed
+    """The config naming another dtype (torch's name), under the keys that it has: `dtype`, before v5 `torch_dtype`."""
+    changed = _replaced(_replaced(config, "dtype", dtype), "torch_dtype", dtype)
+    return changed if "dtype" in changed or "torch_dtype" in changed else {**changed, "dtype": dtype}
 
 
 def _text_config(config: Config | None) -> Config:
@@ -86,13 +83,13 @@ def _text_config(config: Config | None) -> Config:
 
 
 def _replaced(config: Config, key: str, value: Any) -> dict[str, Any]:
-    """`config` with `key` set at the top and wherever a part of a multimodal model (`*_config`) has it too."""
-    parts = {
-        name: {**part, key: value}
-        for name, part in config.items()
-        if name.endswith("_config") and isinstance(part, Mapping) and key in part
-    }
-    return {**config, **parts, key: value}
+    """`config` with another value of `key` wherever it stands, in parts of a multimodal model (`*_config`) too."""
+    changed = {name: _replaced(part, key, value) if _is_part(name, part) else part for name, part in config.items()}
+    return {**changed, key: value} if key in config else changed
+
+
+def _is_part(name: str, value: Any) -> bool:
+    return name.endswith("_config") and isinstance(value, Mapping)
 
 
 def differences(first: Config | None, other: Config | None) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merger.architecture import kept_in_float32, ties_embeddings, with_dtype
+from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.expression import Expression, File, Stored, cast
 from merger.storage.folder import ModelFolder, open_folder
@@ -59,7 +59,7 @@ class Checkpoint:
         """The same tensors with another model's config, tokenizer and other side files; ties stay as they are here."""
         config = giver.config
         if config and ties_embeddings(config) != ties_embeddings(self.config):
-            config = {**config, "tie_word_embeddings": ties_embeddings(self.config)}
+            config = with_ties(config, ties_embeddings(self.config))
         return replace(self, config=config, side_files=giver.side_files)
 
 
@@ -67,7 +67,7 @@ def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint with its floating tensors in another dtype, but for those that models keep in float32."""
     tensors = {
         name: tensor
-        if not DTYPES[tensor.dtype].is_float or (tensor.dtype == "F32" and kept_in_float32(name))
+        if not DTYPES[tensor.dtype].is_float or (tensor.dtype == "F32" and kept_in_float32(name, checkpoint.config))
         else cast(tensor, dtype)
         for name, tensor in checkpoint.tensors.items()
     }
@@ -99,7 +99,8 @@ def _notes(model: ModelFolder) -> tuple[str, ...]:
     notes = []
     if model.training_state:
         notes.append(f"training state is left alone: {', '.join(model.training_state)} in {model.path.name}")
-    if any("--" not in str(value) for value in (model.config or {}).get("auto_map", {}).values()):
+    code = (model.config or {}).get("auto_map")
+    if isinstance(code, dict) and any("--" not in str(value) for value in code.values()):
         notes.append(f"{model.path.name} needs code of its own (auto_map), which is not carried along")
     return tuple(notes)
 

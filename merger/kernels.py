@@ -193,7 +193,9 @@ def weighted_sum(terms: Sequence[tuple[float, Bytes, str]], out: Bytes, out_dtyp
     `terms` are (weight, values, dtype name); `out` is filled with values of `out_dtype`. All arrays are
     contiguous and hold the same number of elements, of any of BF16, F16, F32, F64.
     """
-    count = out.size // _ITEMSIZE[out_dtype]
+    count, rest = divmod(out.size, _ITEMSIZE[out_dtype])
+    if rest:
+        raise ValueError(f"{out.size} bytes are no whole number of {out_dtype} elements")
     for _, values, dtype in terms:
         if values.size != count * _ITEMSIZE[dtype]:
             raise ValueError(f"{values.size} bytes of {dtype} are not {count} elements")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
@@ -24,19 +25,26 @@ def difference(first: Mapping[str, Path], other: Mapping[str, Path]) -> str | No
 def _first_difference(name: str, a: bytes, b: bytes) -> str | None:
     """Files may differ in their layout or in settings; what counts is which token has which id."""
     try:
-        ids_a, ids_b = _ids(json.loads(a)), _ids(json.loads(b))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        first, other = _ids(json.loads(a)), _ids(json.loads(b))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return f"{name} differs"
-    for token in sorted(ids_a.keys() | ids_b.keys(), key=lambda token: ids_a.get(token, ids_b.get(token, 0))):
-        if ids_a.get(token) != ids_b.get(token):
-            return f"token {token!r} has the id {ids_a.get(token)} in one and {ids_b.get(token)} in the other"
-    return None
+    odd = {token for token, _ in first.items() ^ other.items()}
+    if not odd:
+        return None
+    token = min(odd, key=lambda token: (token not in first, first.get(token, other.get(token, 0)), token))
+    return f"token {token!r} has the id {first.get(token)} in one and {other.get(token)} in the other"
 
 
-def _ids(content: dict) -> dict[str, int]:  # type: ignore[type-arg]
-    """Token to id, from a tokenizer.json (with its added tokens) or a vocab.json."""
-    if "model" not in content:
-        return dict(content)
+def _ids(content: Any) -> dict[str, int]:
+    """Token to id, from a tokenizer.json (with its added tokens) or a vocab.json. Raises where it is neither."""
+    if not isinstance(content.get("model"), dict):
+        return _checked(dict(content))
     vocabulary = content["model"]["vocab"]
     pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
-    return dict(pairs) | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
+    return _checked(dict(pairs) | {added["content"]: added["id"] for added in content.get("added_tokens", [])})
+
+
+def _checked(ids: dict[Any, Any]) -> dict[str, int]:
+    if not ids or not all(type(token) is str and type(id_) is int for token, id_ in ids.items()):
+        raise ValueError("is no vocabulary")
+    return ids

@@ -121,6 +121,8 @@ def posthoc_ema(steps: Steps, gammas: Sequence[float], step: int, gamma: float) 
     Snapshot i was tracked with exponent gammas[i] and saved at steps[i]. Least squares between the profiles,
     then normalised (arXiv 2312.02696, section 3.2 and appendix C.3).
     """
+    if min([step, *steps]) <= 0:
+        raise ValueError("a power-function average counts steps from the start of training: they must be above 0")
     t, g = np.asarray(steps, np.float64), np.asarray(gammas, np.float64)
     gram = _profile_product(t[:, None], g[:, None], t[None, :], g[None, :])
     target = _profile_product(t, g, np.array(step, np.float64), np.array(gamma, np.float64))

@@ -16,7 +16,7 @@ from merger.architecture import (
     head_of,
     is_running_statistic,
     ties_embeddings,
-    untied,
+    with_ties,
 )
 from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import DTYPES, Kind, promote
@@ -117,7 +117,7 @@ def _without(checkpoint: Checkpoint, head: str) -> Checkpoint:
 
 
 def _with_own_head(checkpoint: Checkpoint, head: str, embedding: str) -> Checkpoint:
-    config = untied(checkpoint.config) if checkpoint.config else None
+    config = with_ties(checkpoint.config, False) if checkpoint.config else None
     tensors = dict(checkpoint.tensors)
     tensors.setdefault(head, tensors[embedding])
     return replace(checkpoint, tensors=tensors, config=config)

@@ -81,11 +81,11 @@ class InputFile:
 
     def _read_disk(self, view: memoryview, begin: int, done: int, wanted: int) -> None:
         while done < wanted:
-            done = done // PAGE * PAGE
-            got = self._read_once(view[done:], begin + done)
-            if done + got < wanted and (got == 0 or begin + done + got >= self.size):
-                raise ReadFailed(f"ends at {begin + done + got:,} bytes", where=str(self.path))
-            done += got
+            page = done // PAGE * PAGE
+            reached = page + self._read_once(view[page:], begin + page)
+            if reached <= done:
+                raise ReadFailed(f"ends at {begin + reached:,} bytes", where=str(self.path))
+            done = reached
 
     def _read_once(self, view: memoryview, position: int) -> int:
         if self._direct is None:
@@ -186,11 +186,15 @@ def _leave_direct(handle: int, error: OSError) -> bool:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all, even after a power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -117,7 +117,7 @@ def _only_weights(folder: Path) -> str:
             where=str(folder),
             remedy="Restore model.safetensors.index.json, or name one file.",
         )
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)} - {*_training_state(folder)})
     if pickles:
         raise PickledWeights(
             f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(folder)

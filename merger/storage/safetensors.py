@@ -76,7 +76,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 
 def _parse(path: Path, text: bytes, size: int, digest: str) -> Header:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except _Duplicate as error:
         _refuse(path, f"names {error} twice in its header")
     except (ValueError, RecursionError) as error:
@@ -84,7 +84,7 @@ def _parse(path: Path, text: bytes, size: int, digest: str) -> Header:
     if type(entries) is not dict or not text.startswith(b"{"):
         _refuse(path, "has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+    if type(metadata) is not dict or not all(_is_text(word) for pair in metadata.items() for word in pair):
         _refuse(path, "has a `__metadata__` that is not an object of strings")
     if len(entries) > MAX_TENSORS:
         _refuse(path, f"holds {len(entries):,} tensors; merger reads up to {MAX_TENSORS:,} in one file")
@@ -107,6 +107,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
+def _integer(text: str) -> int:
+    """Python reads `-0` as 0; nothing in a header may be negative."""
+    if text.startswith("-"):
+        raise ValueError(f"{_brief(text)} is negative")
+    return int(text)
+
+
+def _is_text(value: Any) -> bool:
+    """A string of whole characters: JSON can spell half of one."""
+    return type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 _LIMIT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -118,15 +130,23 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         _refuse(path, "must have exactly the fields dtype, shape and data_offsets", name)
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     if dtype is None:
-        _refuse(path, f"has the unknown dtype {entry['dtype']!r}", name)
+        _refuse(path, f"has the unknown dtype {_brief(entry['dtype'])}", name)
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        _refuse(path, f"has a bad shape or bad offsets: {shape!r}, {offsets!r}", name)
+        _refuse(path, f"has a bad shape or bad offsets: {_brief(shape)}, {_brief(offsets)}", name)
+    if math.prod(size or 1 for size in shape) >= _LIMIT:
+        _refuse(path, f"has more elements than there can be: {_brief(shape)}", name)
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        wanted = f"{dtype.name} {shape} takes {bits / 8:,g} bytes"
+        wanted = f"{dtype.name} {_brief(shape)} takes {bits // 8:,} bytes{' and a part' if bits % 8 else ''}"
         _refuse(path, f"{wanted}, its offsets span {offsets[1] - offsets[0]:,}", name)
     return StoredTensor(dtype.name, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _brief(value: Any) -> str:
+    """What a file says, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _naturals(values: Any) -> bool:

@@ -1,0 +1,42 @@
+"""Fixtures that several test files share, and how patient hypothesis is."""
+
+import functools
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no fault: no example has a deadline.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session")
+def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes the folder of a training run: a tiny random Llama that drifts, saved by transformers as `step-N`.
+
+    Arguments: the torch dtype's name, the steps, further fields of the config. The same arguments give the same
+    folder all session long, so tests must not write there.
+    """
+
+    @functools.cache
+    def make(dtype: str = "float32", steps: tuple[int, ...] = (100, 200, 300), **config: object) -> Path:
+        import torch  # noqa: PLC0415  (seconds, for the tests that need it)
+        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        run = tmp_path_factory.mktemp("run")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config}))
+            for step in steps:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+                deepcopy(model).to(getattr(torch, dtype)).save_pretrained(run / f"step-{step}")
+        return run
+
+    return make
