@@ -4,8 +4,7 @@ Values come as bytes (`uint8` arrays) with the name of their type; nothing here 
 pages, and everything runs without the interpreter's lock, so threads compute in parallel.
 
 Sums are accumulated in float64 in the order of the terms and rounded to nearest, ties to even: float32
-accumulation, which the storage hides no better, would add up to n * 2^-24 of the terms' size. Results for
-BF16 and F16 are rounded to float32 first; that second rounding adds at most 2^-24 of the result.
+accumulation, which the storage hides no better, would add up to n * 2^-24 of the terms' size.
 There is no contraction to fused multiply-add (no `fastmath`) and every NaN is written as one pattern, so
 the bytes do not depend on the CPU.
 """
@@ -89,6 +88,22 @@ def _from_float16(x: Any) -> Any:
 
 
 @compiled
+def _to_odd(value: Any) -> Any:
+    """A float64 as float32, an inexact one to the neighbour with an odd last bit: rounding that again is rounding once.
+
+    Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008, theorem 3.
+    """
+    near = np.float32(value)
+    back = np.float64(near)
+    bits = _bits_of(near)
+    if back != value:
+        if abs(back) > abs(value):
+            bits -= np.uint32(1)  # towards zero
+        bits |= np.uint32(1)
+    return _float_of(bits)
+
+
+@compiled
 def _to_bfloat16(value: Any) -> Any:
     bits = _bits_of(value)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -148,13 +163,13 @@ def _round(sums: Any, address: Any, code: Any) -> Any:
     if code == 0:
         bfloats = carray(_to_uint16(address), sums.size)
         for i in range(sums.size):
-            b = _to_bfloat16(np.float32(sums[i]))
+            b = _to_bfloat16(_to_odd(sums[i]))
             bfloats[i] = b
             bad += np.int64((b & np.uint16(0x7F80)) == np.uint16(0x7F80))
     elif code == 1:
         halves = carray(_to_uint16(address), sums.size)
         for i in range(sums.size):
-            h = _to_float16(np.float32(sums[i]))
+            h = _to_float16(_to_odd(sums[i]))
             halves[i] = h
             bad += np.int64((h & np.uint16(0x7C00)) == np.uint16(0x7C00))
     elif code == 2:

@@ -160,12 +160,12 @@ class Ema(Averaging):
     def weights(self, steps: Sequence[int]) -> coefficients.Weights:
         return coefficients.ema(steps, self._decay_at, bias_correction=self.bias_correction)
 
-    def _decay_at(self, i: int, gap: int) -> float:
+    def _decay_at(self, t: int, gap: int) -> float:
         decay = float(self.decay ** (gap / self.decay_steps)) if self.decay_steps else self.decay
         if self.warmup == "ratio":
-            return min(decay, (1 + i) / (10 + i))
+            return min(decay, (1 + t) / (10 + t))
         if self.warmup == "power":
-            return min(decay, 1 - float((1 + i / self.inv_gamma) ** -self.power))
+            return min(decay, 1 - float((1 + t / self.inv_gamma) ** -self.power))
         return decay
 
 
@@ -300,5 +300,8 @@ class PosthocEma(Method):
             steps += at
             gammas += [coefficients.gamma_of(track.sigma_rel)] * len(found)
         target = self.step if self.step is not None else max(steps)
-        weights = coefficients.posthoc_ema(steps, gammas, target, coefficients.gamma_of(self.sigma_rel))
+        try:
+            weights = coefficients.posthoc_ema(steps, gammas, target, coefficients.gamma_of(self.sigma_rel))
+        except ValueError as error:
+            raise RecipeError(str(error), where=self.method) from error
         return weighted_sum([sources.open(member) for member in members], weights)

@@ -34,21 +34,22 @@ def uniform(chosen: Sequence[bool]) -> Weights:
 def ema(steps: Steps, decay: Callable[[int, int], float], *, bias_correction: bool) -> Weights:
     """An exponential moving average over the checkpoints: e_i = b_i e_(i-1) + (1 - b_i) x_i.
 
-    `decay(i, gap)` is b_i for checkpoint i (from 1), `gap` steps after the one before. The average starts from the
-    first checkpoint, or with `bias_correction` from zero,
-    divided by what has been gathered (Kingma & Ba 2015, section 3).
+    `decay(t, gap)` is the decay of update t (from 1), `gap` steps after the one before. The average starts from the
+    first checkpoint, and the second is the first update; with `bias_correction` it starts from zero, the first
+    checkpoint is the first update, and the sum is divided by what it has gathered (Kingma & Ba 2015, section 3).
     """
-    gaps = [_typical_gap(steps), *(b - a for a, b in pairwise(steps))]
-    kept = [decay(i, gap) for i, gap in enumerate(gaps, start=1)]
-    if not bias_correction:
-        kept[0] = 0.0
+    gaps = [b - a for a, b in pairwise(steps)]
+    if bias_correction:
+        kept = [decay(t, gap) for t, gap in enumerate([_first_gap(gaps), *gaps], start=1)]
+    else:
+        kept = [0.0, *(decay(t, gap) for t, gap in enumerate(gaps, start=1))]
     weights = [(1.0 - b) * math.prod(kept[i + 1 :]) for i, b in enumerate(kept)]
     return normalized(weights)
 
 
-def _typical_gap(steps: Steps) -> int:
+def _first_gap(gaps: Sequence[int]) -> int:
     """How far the first checkpoint is from an imagined one before it: as far as the second from the first."""
-    return steps[1] - steps[0] if len(steps) > 1 else 1
+    return gaps[0] if gaps else 1
 
 
 def lawa(steps: Steps, k: int, interval: int | None, end: int | None) -> Weights:

@@ -67,6 +67,8 @@ def open_folder(path: Path) -> ModelFolder:
     Raises SourceError, FormatError or PickledWeights with the file at fault.
     """
     if path.is_file():
+        if any(path.match(pattern) for pattern in PICKLES):
+            raise PickledWeights("is a pickle, which merger does not read", where=str(path))
         return ModelFolder(path, (_weight_file(path),), None, {}, ())
     if not path.is_dir():
         raise SourceError(

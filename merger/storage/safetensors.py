@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from merger.errors import FormatError, SourceError
 
 MAX_HEADER = 32 << 20  # bytes; the largest known checkpoints need 12 MB, a hostile one may ask for gigabytes
 MAX_TENSORS = 500_000  # in one file
+MAX_DIMENSIONS = 64
 MAX_NAME = 1024  # characters
 PAGE = 4096  # our data sections start at a multiple of this, so that direct input and output need no copy
 
@@ -76,7 +78,9 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 
 def _parse(path: Path, text: bytes, size: int, digest: str) -> Header:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer if b"-0" in text else None
+        )
     except _Duplicate as error:
         _refuse(path, f"names {error} twice in its header")
     except (ValueError, RecursionError) as error:
@@ -102,15 +106,15 @@ class _Duplicate(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(repr(next(name for name in names if names.count(name) > 1)))
+        counts = Counter(name for name, _ in pairs)
+        raise _Duplicate(_brief(next(name for name, count in counts.items() if count > 1)))
     return entries
 
 
 def _integer(text: str) -> int:
-    """Python reads `-0` as 0; nothing in a header may be negative."""
-    if text.startswith("-"):
-        raise ValueError(f"{_brief(text)} is negative")
+    """Python reads `-0` as 0, which the format does not allow."""
+    if text == "-0":
+        raise ValueError("-0 is no natural number")
     return int(text)
 
 
@@ -134,7 +138,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         _refuse(path, f"has a bad shape or bad offsets: {_brief(shape)}, {_brief(offsets)}", name)
-    if math.prod(size or 1 for size in shape) >= _LIMIT:
+    if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= _LIMIT:
         _refuse(path, f"has more elements than there can be: {_brief(shape)}", name)
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:

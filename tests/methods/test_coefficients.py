@@ -164,7 +164,7 @@ def test_decays_may_change_from_checkpoint_to_checkpoint(checkpoints, bias_corre
     if bias_correction:
         wanted = recursion(checkpoints, decays, 0) / recursion([1.0] * 8, decays, 0)
     else:
-        wanted = recursion(checkpoints[1:], decays[1:], checkpoints[0])
+        wanted = recursion(checkpoints[1:], decays[:-1], checkpoints[0])
     assert_same(found, wanted)
 
 
