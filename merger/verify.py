@@ -171,6 +171,7 @@ def _loads(folder: Path) -> Check:
             "needs transformers, which is not installed", where="--load", remedy="pip install 'merger[torch]'"
         ) from error
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     names = (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}).get("architectures") or []
     model = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if model is None:

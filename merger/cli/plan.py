@@ -69,7 +69,7 @@ def _as_text(data: dict[str, Any]) -> str:
         f"output      {data['output'] or '(none yet: name one with -o)'}",
         f"parameters  {data['parameters']:,} in {data['tensors']:,} tensors",
         f"read        {gigabytes(data['read_bytes'])}",
-        f"write       {gigabytes(data['write_bytes'])} in {len(data['shards'])} files"
+        f"write       {gigabytes(data['write_bytes'])}, files: {len(data['shards'])}"
         + (f", {gigabytes(data['finished_bytes'])} are finished" if data["finished_bytes"] else ""),
         f"disk        {gigabytes(data['free_bytes'])} free",
         f"memory      {gigabytes(data['memory']['bytes'])} of buffers in {data['memory']['threads']} threads",
