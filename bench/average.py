@@ -1,4 +1,5 @@
-"""Three checkpoints of 1.1e9 parameters, averaged by merger and by mergekit in turn, with a loop that only reads and writes.
+"""Three checkpoints of 1.1e9 parameters, averaged by merger and by mergekit in turn, with a loop that only reads and
+writes.
 
 Prints a table and writes it to bench/average.md and bench/average.json. `make bench` runs it; it needs 11 GB of disk.
 Every run is a process of its own, after `sync`; "cold" drops the inputs from the page cache first.
@@ -140,7 +141,8 @@ def compare_outputs() -> str:
         worst_theirs = max(worst_theirs, float(np.max(abs(b - exact) / (half_ulp + 4 * 2.0**-8 * size))))
     if worst_ours > 1 or worst_theirs > 1:
         raise SystemExit(f"outputs are off: {worst_ours:.2f} and {worst_theirs:.2f} of what rounding allows")
-    return f"largest error against float64, as a share of what rounding allows: merger {worst_ours:.2f}, mergekit {worst_theirs:.2f}"
+    shares = f"merger {worst_ours:.2f}, mergekit {worst_theirs:.2f}"
+    return f"the largest error against float64, as a share of what the rounding of each allows, is {shares}"
 
 
 def _only(folder: Path) -> Path:

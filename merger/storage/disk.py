@@ -6,6 +6,7 @@ network file systems) both fall back to the page cache.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -19,6 +20,7 @@ import numpy as np
 from merger.errors import ReadFailed, SourceChanged, WriteFailed
 from merger.kernels import Bytes
 
+_LIBC = ctypes.CDLL(None)
 PAGE = 4096  # addresses, offsets and lengths of direct input and output are multiples of this
 
 
@@ -51,6 +53,8 @@ class InputFile:
             os.close(self._cached)
             raise SourceChanged("changed its size since it was planned", where=str(path))
         self._direct = _open_direct(path, os.O_RDONLY)
+        self._map = mmap.mmap(self._cached, 0, prot=mmap.PROT_READ) if size else None  # never read through
+        self._address = np.frombuffer(self._map, np.uint8).ctypes.data if self._map else 0
 
     def read(self, start: int, stop: int, buffer: Bytes) -> Bytes:
         """The bytes from `start` to `stop`: a view into `buffer`, which is page-aligned and two pages longer.
@@ -69,8 +73,8 @@ class InputFile:
         return buffer[start - begin : wanted]
 
     def _read_cached(self, view: memoryview, begin: int) -> int:
-        """Copy what the page cache holds without waiting; returns how many bytes."""
-        if self._direct is None:
+        """Copy what the page cache holds, where it holds all of it, without waiting; returns how many bytes."""
+        if self._direct is None or not self._is_cached(begin, min(len(view), self.size - begin)):
             return 0
         try:
             return os.preadv(self._cached, [view], begin, os.RWF_NOWAIT)
@@ -78,6 +82,12 @@ class InputFile:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return 0
             raise
+
+    def _is_cached(self, begin: int, length: int) -> bool:
+        """Whether the page cache holds a range. Asking by a read would make the kernel read ahead through the cache."""
+        pages = (ctypes.c_ubyte * -(-length // PAGE))()
+        failed = _LIBC.mincore(ctypes.c_void_p(self._address + begin), ctypes.c_size_t(length), pages)
+        return bool(failed) or all(bytes(pages))
 
     def _read_disk(self, view: memoryview, begin: int, done: int, wanted: int) -> None:
         while done < wanted:
