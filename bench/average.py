@@ -193,7 +193,7 @@ def table(results: dict[str, dict[str, list[Run]]], agreement: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=6)
     runs = parser.parse_args().runs
     prepare()
     run_merger(cold=False)  # compiles the kernels, once for a machine
@@ -201,7 +201,8 @@ def main() -> None:
     results: dict[str, dict[str, list[Run]]] = {state: {tool: [] for tool in tools} for state in ("warm", "cold")}
     for state, rows in results.items():
         for i in range(runs):
-            for tool, run in tools.items():
+            # Rotated, because a run feels what the one before it left to the disk.
+            for tool, run in [*tools.items()][i % 3 :] + [*tools.items()][: i % 3]:
                 rows[tool].append(run(cold=state == "cold"))
                 print(f"{state} {i + 1}/{runs} {tool}: {rows[tool][-1]}", flush=True)
     text = table(results, compare_outputs())

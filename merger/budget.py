@@ -54,7 +54,7 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
-        remedy=f"Allow at least --memory {-(-2 * (least + LEAF) // 1024)}KiB.",
+        remedy=f"Allow at least --memory {-(-max(4 * LEAF, LEAF + least) // 1024)}KiB.",
     )
 
 

@@ -59,7 +59,9 @@ def _nearest(pattern: str) -> str:
 def local_folder(reference: str) -> Path:
     """The folder of a reference. Raises SourceError for one on the Hub, which is not read yet."""
     path = Path(reference).expanduser()
-    if reference.startswith("hf://") or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", reference)):
+    if reference.startswith("hf://") or (
+        not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", reference)
+    ):
         raise SourceError(
             "is not a folder here, and models on the Hub are not read yet",
             where=reference,

@@ -1,0 +1,231 @@
+"""Wrong input through the real command: exit code 2, one clear message with a remedy, nothing written."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import write_header, write_index, write_model
+
+RECIPE = {"method": "average", "checkpoints": ["a", "b"], "output": {"path": "out"}}
+ONES = np.ones((4, 8), np.float32)
+TENSORS = {"model.embed_tokens.weight": ONES, "model.norm.weight": np.ones(8, np.float32)}
+CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def models(tmp_path) -> Path:
+    """A folder with two good models, `a` and `b`."""
+    for name in ("a", "b"):
+        write_model(tmp_path / name, TENSORS, CONFIG)
+    return tmp_path
+
+
+def refused(folder: Path, *says: str, recipe: object = RECIPE, options: tuple[str, ...] = ()) -> str:
+    """Run the recipe; see that it is refused with these words and that nothing was written. Returns the message."""
+    text = recipe if isinstance(recipe, str) else json.dumps(recipe)
+    (folder / "recipe.yaml").write_text(text)
+    before = sorted(folder.rglob("*"))
+    command = [sys.executable, "-m", "merger", "run", "recipe.yaml", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert sorted(folder.rglob("*")) == before
+    for words in says:
+        assert words in done.stderr
+    message, _, remedy = done.stderr[done.stderr.index("error:") :].strip().partition("\n")
+    assert message
+    assert remedy
+    return done.stderr
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_shard(models):
+    path = models / "b" / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 5)
+    refused(models, "b/model.safetensors", "is truncated", "Download")
+
+
+def test_a_header_of_100_megabytes(models):
+    with (models / "b" / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 100 << 20))
+        file.truncate(200 << 20)
+    refused(models, "b/model.safetensors", "header of 104,857,600 bytes")
+
+
+def test_tensors_that_overlap(models):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    write_header(models / "b" / "model.safetensors", {"x": entry, "y": {**entry, "data_offsets": [4, 12]}}, bytes(12))
+    refused(models, "b/model.safetensors: tensor 'y'", "overlaps")
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    (folder / "model.safetensors").unlink()
+    write_model(folder, TENSORS, CONFIG, shards=2)
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_an_index_that_names_a_missing_file(models):
+    weight_map = sharded(models / "b")
+    (models / "b" / sorted(weight_map.values())[1]).unlink()
+    refused(
+        models, "b/model.safetensors.index.json", "model-00002-of-00002.safetensors", "not in the folder", "Download"
+    )
+
+
+@pytest.mark.parametrize("name", ["../a/model.safetensors", "/etc/passwd", "x/model.safetensors", "model.bin"])
+def test_an_index_that_leads_elsewhere(models, name):
+    weight_map = sharded(models / "b")
+    write_index(models / "b", {**weight_map, "model.norm.weight": name})
+    refused(models, "b/model.safetensors.index.json", name, "same folder")
+
+
+def test_pickled_weights(models):
+    (models / "b" / "model.safetensors").rename(models / "b" / "pytorch_model.bin")
+    refused(models, "b: has its weights in pickles (pytorch_model.bin)", "save_pretrained")
+
+
+@pytest.mark.parametrize("reference", ["hf://org/name", "org/name"])
+def test_a_model_on_the_hub(models, reference):
+    refused(models, reference, "hf download org/name", recipe={**RECIPE, "checkpoints": ["a", reference]})
+
+
+def test_a_folder_that_is_not_there(models):
+    refused(models, "nowhere: is not there", recipe={**RECIPE, "checkpoints": ["a", "./nowhere"]})
+
+
+def test_a_pattern_that_matches_nothing(models):
+    refused(models, "runs/step-*: matches no folder", "holds a, b", recipe={**RECIPE, "checkpoints": "runs/step-*"})
+
+
+# ---- models that do not fit together ------------------------------------------------------------------
+
+
+def test_shapes_that_differ(models):
+    write_model(models / "b", {**TENSORS, "model.norm.weight": np.ones(9, np.float32)}, CONFIG)
+    refused(models, "tensor 'model.norm.weight'", "[8] in a and [9] in b", "Average checkpoints of one model")
+
+
+def test_vocabularies_of_different_sizes(models):
+    write_model(models / "b", {**TENSORS, "model.embed_tokens.weight": np.ones((5, 8), np.float32)}, CONFIG)
+    refused(models, "tensor 'model.embed_tokens.weight'", "vocabularies have different sizes")
+
+
+def test_vocabularies_with_other_tokens(models):
+    for name, ids in (("a", {"x": 0, "y": 1}), ("b", {"x": 1, "y": 0})):
+        (models / name / "vocab.json").write_text(json.dumps(ids))
+    refused(models, "token 'x' has the id 0 in one and 1 in the other")
+
+
+def test_a_tensor_that_one_of_them_lacks(models):
+    write_model(models / "b", {**TENSORS, "more": ONES}, CONFIG)
+    refused(models, "tensor 'more': is missing in a")
+
+
+def test_integers_that_differ(models):
+    for name, last in (("a", 3), ("b", 4)):
+        write_model(models / name, {**TENSORS, "position_ids": np.array([0, 1, 2, last])}, CONFIG)
+    refused(models, "tensor 'position_ids'", "a/model.safetensors and b/model.safetensors", "Integers are copied")
+
+
+def test_models_of_other_families(models):
+    write_model(models / "b", TENSORS, {"model_type": "qwen2"})
+    refused(models, "model_type is llama in a and qwen2 in b")
+
+
+def test_quantized_models(models):
+    write_model(models / "b", TENSORS, {**CONFIG, "quantization_config": {"bits": 4}})
+    refused(models, "b: is quantized", "Dequantize")
+
+
+def test_nan_when_strict(models):
+    write_model(models / "b", {**TENSORS, "model.norm.weight": np.full(8, np.nan, np.float32)}, CONFIG)
+    refused(models, "b/model.safetensors: tensor 'model.norm.weight'", "NaN", "--strict", options=("--strict",))
+
+
+def test_configs_that_differ_when_strict(models):
+    write_model(models / "b", TENSORS, {**CONFIG, "rope_theta": 5e5})
+    refused(models, "rope_theta is None in a and 500000.0 in b", options=("--strict",))
+
+
+# ---- recipes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("metod: lawa\ncheckpoints: x\n", ["method: is missing", "'metod'", "did you mean 'method'"]),
+        ("method: lwa\ncheckpoints: x\n", ["'lwa' is no method", "did you mean 'lawa'"]),
+        ("method: lawa\nchekpoints: x\n", ["chekpoints: is not a field", "did you mean 'checkpoints'"]),
+        ("method: lawa\ncheckpoints: a\nk: many\n", ["k: ", "integer"]),
+        ("method: lawa\ncheckpoints: a\nk: 0\n", ["k: ", "greater than or equal to 1"]),
+        ("method: lawa\ncheckpoints: a\nk: 1\nk: 2\n", ["the key 'k' stands twice"]),
+        (
+            "method: lawa\ncheckpoints: [a, {method: ema, checkpoints: a, dekay: 1}]\n",
+            ["checkpoints[1].dekay", "'decay'"],
+        ),
+        ("method: lawa\ncheckpoints: a\noutput: {pth: out}\n", ["output.pth", "did you mean 'path'"]),
+        ("method: lawa\ncheckpoints: a\noutput: {path: out, shard_size: big}\n", ["output.shard_size", "5GB"]),
+        ("method: average\ncheckpoints: [a, b]\n", ["output.path: is missing", "-o"]),
+        ("merge_method: linear\nmodels: []\n", ["mergekit"]),
+        ("- a\n- b\n", ["recipe.yaml", "not a mapping"]),
+        ("method: [\n", ["recipe.yaml", "is not YAML"]),
+    ],
+)
+def test_recipes_that_are_not_well_formed(models, recipe, says):
+    refused(models, *says, recipe=recipe)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "merger", "run", "nowhere.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nowhere.yaml: cannot be read: No such file" in done.stderr
+
+
+# ---- output and resources -----------------------------------------------------------------------------
+
+
+def test_an_output_folder_that_holds_something_else(models):
+    (models / "out").mkdir()
+    (models / "out" / "thesis.txt").write_text("precious")
+    refused(models, "out: holds something else (thesis.txt)", "Choose another folder")
+    assert (models / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_output_that_is_a_file(models):
+    (models / "out").write_text("precious")
+    refused(models, "out: is a file")
+
+
+def test_a_budget_that_cannot_work(models):
+    message = refused(models, "--memory", "too few", "Allow at least", options=("--memory", "10KiB"))
+    enough = message.rsplit("--memory ", 1)[1].strip().rstrip(".")
+    command = [sys.executable, "-m", "merger", "run", "recipe.yaml", "--memory", enough]
+    assert subprocess.run(command, cwd=models, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_will_be_too_small(models):
+    disk = models / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine mounts no tmpfs")
+    try:
+        for name in ("a", "b"):
+            write_model(models / name, {"x": np.ones(100_000, np.float32)}, CONFIG)
+        refused(models, "disk/out: the result needs 4", "the disk has", "Free some space", options=("-o", "disk/out"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
