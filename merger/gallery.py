@@ -10,7 +10,7 @@ from merger.plan import Plan
 
 def weights(plan: Plan) -> bytes:
     """The weight of every source."""
-    from merger.pictures import draw_weights  # noqa: PLC0415  (matplotlib: half a second)
+    from merger.pictures import draw_weights  # noqa: PLC0415  (matplotlib: a third of a second)
 
     parts = plan.checkpoint.parts
     names = [Path(part.source.reference).name for part in parts]

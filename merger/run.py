@@ -6,8 +6,7 @@ Knows the order of things; does none of them itself.
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,17 +111,15 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
         return Outcome(output, plan, checks, None, len(receipts), [*plan.checkpoint.warnings, *_inherited(receipts)])
     publish.check_free(output, plan)
     check_disk(plan, output, sum(receipt.size for receipt in publish.finished_shards(output, plan)))
-    with publish.taken(output, plan), ThreadPoolExecutor(1, "picture") as drawing:
+    with publish.taken(output, plan):
         earlier = publish.finished_shards(output, plan)
-        bars = drawing.submit(gallery.weights, plan)
         try:
             receipts, figures = _write(plan, output, allotment, options, progress, earlier)
             checks = _checked(plan, output, receipts)
         except (NonFiniteInput, VerificationFailed):
             publish.discard(output, plan)  # trying again would come to the same
             raise
-        pictures = {"weights": bars.result(), **gallery.distances(plan, output)}
-        _complete(plan, output, receipts, checks, figures, pictures)
+        _complete(plan, output, receipts, checks, figures)
     return Outcome(output, plan, checks, figures, len(earlier), [*plan.checkpoint.warnings, *_inherited(receipts)])
 
 
@@ -172,8 +169,8 @@ def _complete(
     receipts: Sequence[Receipt],
     checks: Sequence[Check],
     figures: Figures,
-    pictures: Mapping[str, bytes],
 ) -> None:
+    pictures = {"weights": gallery.weights(plan), **gallery.distances(plan, output)}
     texts: dict[str, str | bytes] = {
         "README.md": model_card(plan),
         "report.html": page(plan, checks, figures, pictures),

@@ -176,7 +176,7 @@ def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, change)
     folders = [broken(tmp_path / name, [1]) for name in ("a", "b")]
     plan = plan_of(folders, [0.5, 0.5])
     change(tmp_path / "b" / "model.safetensors")
-    with pytest.raises(SourceChanged, match="b/model[.]safetensors"):
+    with pytest.raises(SourceChanged, match=r"b/model[.]safetensors"):
         make(plan, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not list((tmp_path / "out" / ".merger").glob("*.safetensors"))

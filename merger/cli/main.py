@@ -67,7 +67,6 @@ def merger_command() -> None:
 def main() -> NoReturn:
     """Run the command and exit: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.setswitchinterval(0.0005)  # seconds: the engine's threads wait less for the one that draws the report
     try:
         merger_command(prog_name="merger", standalone_mode=False)
     except MergerError as error:
