@@ -47,20 +47,20 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
     least = read_cost(widest, SMALLEST_PIECE)
     wanted = threads or 2 * (os.cpu_count() or 1)
     for count in range(wanted, 0, -1):
-        block = _block(memory // count)
-        buffer = min(memory // count - block, read_cost(widest, block // widest.itemsize))
-        if block >= LEAF and buffer >= least:
-            return Allotment(count, block, buffer)
+        share = memory // count
+        block = _block(share, least)
+        if share - block >= least:
+            return Allotment(count, block, min(share - block, max(least, read_cost(widest, block // widest.itemsize))))
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
-        remedy=f"Allow at least --memory {-(-max(4 * LEAF, LEAF + least) // 1024)}KiB.",
+        remedy=f"Allow at least --memory {-(-(LEAF + least) // 1024)}KiB.",
     )
 
 
-def _block(share: int) -> int:
-    """The block for a thread that may hold `share` bytes: a quarter of it, a power of two times LEAF."""
+def _block(share: int, least: int) -> int:
+    """The block for a thread that may hold `share` bytes: at most a quarter of it, leaving `least` for the inputs."""
     block = LARGEST_BLOCK
-    while block > share // 4 and block >= LEAF:
+    while block > LEAF and (block > share // 4 or share - block < least):
         block //= 2
     return block
