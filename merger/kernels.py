@@ -33,6 +33,8 @@ def compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True)(function)
 
 
+_INT32 = ir.IntType(32)
+
 # ---- bit patterns -------------------------------------------------------------------------------------
 
 
@@ -103,13 +105,45 @@ def _to_odd(value: Any) -> Any:
     return _float_of(bits)
 
 
-@compiled
-def _to_bfloat16(value: Any) -> Any:
-    bits = _bits_of(value)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        rounded = np.uint32(0x7FC0)
-    return np.uint16(rounded)
+# These three are written in the compiler's own instructions: numba widens sums of 32-bit integers to 64 bits, and
+# half as many fit into a register.
+
+
+@intrinsic
+def _to_bfloat16(_context: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to BF16, to nearest, ties to even."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _INT32)
+        odd = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, _INT32(0x7FFF)), odd), _INT32(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, _INT32(0x7FC0), rounded), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _is_hard(_context: Any, value: Any) -> Any:
+    """1 for a float32 in the middle between two BF16, one that BF16 holds only as infinity, or NaN; else 0."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _INT32)
+        tie = builder.icmp_unsigned("==", builder.and_(bits, _INT32(0xFFFF)), _INT32(0x8000))
+        endless = builder.icmp_unsigned(">=", builder.and_(bits, _INT32(0x7FFFFFFF)), _INT32(0x7F7F8000))
+        return builder.zext(builder.or_(tie, endless), _INT32)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _either(_context: Any, a: Any, b: Any) -> Any:
+    """The bits of both."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        return builder.or_(args[0], args[1])
+
+    return types.uint32(types.uint32, types.uint32), generate
 
 
 @compiled
@@ -157,15 +191,35 @@ def _accumulate(sums: Any, address: Any, code: Any, weight: Any) -> None:
 
 
 @compiled
-def _round(sums: Any, address: Any, code: Any) -> Any:
-    """Write `sums` as type `code` at `address`; return how many are not finite."""
+def _count_exponents(values: Any, mask: Any) -> Any:
+    bad = np.int64(0)
+    for i in range(values.size):
+        bad += np.int64((values[i] & mask) == mask)
+    return bad
+
+
+@compiled
+def _round_to_bfloat16(sums: Any, floats: Any, bfloats: Any) -> Any:
+    """Write `sums` as BF16, by way of the nearest float32 where that is the same, else of the odd one."""
+    for i in range(sums.size):
+        floats[i] = np.float32(sums[i])
+    hard = np.uint32(0)
+    for i in range(sums.size):
+        hard = _either(hard, _is_hard(floats[i]))
+    if hard:
+        for i in range(sums.size):
+            floats[i] = _to_odd(sums[i])
+    for i in range(sums.size):
+        bfloats[i] = _to_bfloat16(floats[i])
+    return _count_exponents(bfloats, np.uint16(0x7F80)) if hard else 0
+
+
+@compiled
+def _round(sums: Any, floats: Any, address: Any, code: Any) -> Any:
+    """Write `sums` as type `code` at `address`; return how many are not finite. `floats` is scratch of their size."""
     bad = np.int64(0)
     if code == 0:
-        bfloats = carray(_to_uint16(address), sums.size)
-        for i in range(sums.size):
-            b = _to_bfloat16(_to_odd(sums[i]))
-            bfloats[i] = b
-            bad += np.int64((b & np.uint16(0x7F80)) == np.uint16(0x7F80))
+        bad += _round_to_bfloat16(sums, floats, carray(_to_uint16(address), sums.size))
     elif code == 1:
         halves = carray(_to_uint16(address), sums.size)
         for i in range(sums.size):
@@ -193,12 +247,13 @@ def _weighted_sum(
 ) -> Any:
     bad = np.int64(0)
     buffer = np.empty(_CHUNK, np.float64)
+    scratch = np.empty(_CHUNK, np.float32)
     for start in range(0, count, _CHUNK):
         sums = buffer[: min(_CHUNK, count - start)]
         sums[:] = -0.0  # the identity of addition: 0.0 would turn a sum of -0.0 into 0.0
         for term in range(addresses.size):
             _accumulate(sums, addresses[term] + np.uint64(start * sizes[term]), codes[term], weights[term])
-        bad += _round(sums, out + np.uint64(start * out_size), out_code)
+        bad += _round(sums, scratch[: sums.size], out + np.uint64(start * out_size), out_code)
     return bad
 
 
@@ -226,14 +281,6 @@ def weighted_sum(terms: Sequence[tuple[float, Bytes, str]], out: Bytes, out_dtyp
             count,
         )
     )
-
-
-@compiled
-def _count_exponents(values: Any, mask: Any) -> Any:
-    bad = np.int64(0)
-    for i in range(values.size):
-        bad += np.int64((values[i] & mask) == mask)
-    return bad
 
 
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
