@@ -49,7 +49,7 @@ def _draw_curves(axes: Axes, results: Results, window: int) -> None:
     axes.set_ylabel("nats per token")
     _zoom(axes, results)
     _name(axes, results.checkpoints, "checkpoint", CHECKPOINTS, above=True)
-    _name(axes, results.curve, f"mean of the {window} newest (LAWA)", AVERAGED, above=False)
+    _name(axes, results.curve, f"LAWA, {window} newest", AVERAGED, above=False)
 
 
 def _line(axes: Axes, scores: Mapping[int, Score], colour: str) -> None:
@@ -88,7 +88,7 @@ def _draw_gains(axes: Axes, results: Results) -> None:
     axes.axvline(0, color=INK, linewidth=1)
     for place, score in enumerate(results.averages.values()):
         gain, error = results.gain(score)
-        colour = AVERAGED if gain < 0 else WORSE
+        colour = SOFT if abs(gain) < 2 * error else AVERAGED if gain < 0 else WORSE
         axes.errorbar(gain, place, xerr=2 * error, color=colour, marker="o", markersize=7, linewidth=2)
         offset = (0, 9)
         axes.annotate(f"{gain:+.3f}", (gain, place), xytext=offset, textcoords="offset points", ha="center", fontsize=9)
@@ -98,4 +98,4 @@ def _draw_gains(axes: Axes, results: Results) -> None:
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     arrows = "better  \N{LEFTWARDS ARROW}    0    \N{RIGHTWARDS ARROW}  worse"
-    axes.set_xlabel(f"difference in loss (bars: two standard errors)\n{arrows}")
+    axes.set_xlabel(f"loss minus the last one's, \N{PLUS-MINUS SIGN} 2 errors\n{arrows}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 END_OF_TEXT = "<|endoftext|>"
 STAMP = "demo.json"  # written last: a run folder that has it is complete
@@ -51,6 +52,7 @@ def train(texts: Sequence[str], digest: str, folder: Path, settings: Settings) -
         return False
     if folder.exists():
         shutil.rmtree(folder)
+    logging.disable_progress_bar()  # one bar a checkpoint
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     tokenizer = learn_tokenizer(texts, settings)
