@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from merger.checkpoint import Checkpoint
-from merger.expression import Expression, File, Identical
+from merger.expression import Expression, Identical
 from merger.storage.safetensors import build_header
 
 # Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
@@ -61,11 +61,6 @@ class Plan:
     def read_size(self) -> int:
         """Bytes that will be read."""
         return sum(leaf.nbytes for tensor in self.checkpoint.tensors.values() for leaf in tensor.leaves())
-
-    @property
-    def files(self) -> tuple[File, ...]:
-        """The files of the sources, each once."""
-        return tuple(dict.fromkeys(file for part in self.checkpoint.parts for file in part.source.files))
 
     @property
     def parameters(self) -> int:
