@@ -1,0 +1,49 @@
+"""References and patterns to folders."""
+
+import numpy as np
+import pytest
+
+from merger.errors import SourceError
+from merger.recipe import make_document, resolve
+from merger.sources import LocalSources
+from tests.checkpoints import write_model
+
+
+def names(folder, pattern):
+    return [str(member.origin).rpartition("/")[2] for member in LocalSources().members(f"{folder}/{pattern}")]
+
+
+def test_a_pattern_is_taken_in_natural_order(tmp_path):
+    for step in (10, 9, 100, 1):
+        (tmp_path / f"step-{step}").mkdir()
+    (tmp_path / "step-5.txt").touch()
+    assert names(tmp_path, "step-*") == ["step-1", "step-9", "step-10", "step-100"]
+    assert [member.step for member in LocalSources().members(f"{tmp_path}/step-*")] == [1, 9, 10, 100]
+
+
+def test_files_of_weights_are_matched_too(tmp_path):
+    for step in (2, 1):
+        write_model(tmp_path / f"{step}", {"x": np.ones(1, np.float32)}, {})
+        (tmp_path / f"{step}" / "model.safetensors").rename(tmp_path / f"run-{step}.safetensors")
+    assert names(tmp_path, "run-*.safetensors") == ["run-1.safetensors", "run-2.safetensors"]
+    checkpoint = resolve(make_document({"method": "average", "checkpoints": f"{tmp_path}/run-*.safetensors"}))
+    assert [part.source.step for part in checkpoint.parts] == [1, 2]
+
+
+def test_a_pattern_that_matches_nothing_says_what_is_there(tmp_path):
+    (tmp_path / "runs" / "big").mkdir(parents=True)
+    with pytest.raises(SourceError, match="matches no folder") as caught:
+        LocalSources().members(f"{tmp_path}/runs/tiny/step-*")
+    assert f"{tmp_path}/runs holds big" in caught.value.remedy
+
+
+def test_home_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model(tmp_path / "model", {"x": np.ones(1, np.float32)}, {})
+    assert resolve(make_document({"method": "average", "checkpoints": "~/model"})).tensors.keys() == {"x"}
+    assert names("~", "mod*") == ["model"]
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(SourceError, match="names no checkpoint"):
+        resolve(make_document({"method": "average", "checkpoints": []}))
