@@ -41,18 +41,18 @@ def page_aligned(size: int) -> Bytes:
 
 
 class InputFile:
-    """A file to read ranges from, by several threads at once.
+    """A file to read ranges from, by several threads at once; through the page cache where it is read `again`.
 
     Raises SourceChanged where the file is not the size that was planned.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, again: bool = False) -> None:
         self.path, self.size = path, size
         self._cached = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if os.fstat(self._cached).st_size != size:
             os.close(self._cached)
             raise SourceChanged("changed its size since it was planned", where=str(path))
-        self._direct = _open_direct(path, os.O_RDONLY)
+        self._direct = None if again else _open_direct(path, os.O_RDONLY)
         self._map = mmap.mmap(self._cached, 0, prot=mmap.PROT_READ) if size else None  # never read through
         self._address = np.frombuffer(self._map, np.uint8).ctypes.data if self._map else 0
 
@@ -111,6 +111,8 @@ class InputFile:
         os.close(self._cached)
         if self._direct is not None:
             os.close(self._direct)
+        if self._map is not None:
+            self._map.close()  # it holds a descriptor of its own
 
     def __enter__(self) -> Self:
         return self
