@@ -33,12 +33,36 @@ _INCIDENTAL = {
     "architectures",
 }
 
+# Keys that count while a model is trained or while text is generated, not for what it computes.
+_OF_TRAINING = re.compile(
+    r"dropout|drop_|jitter|initializer|_std$|loss|aux|problem_type|finetuning_task|label|num_labels|_token_id"
+    r"|gradient_checkpointing|max_position_embeddings|model_max_length|sentence_|summary_|auto_map|unsloth"
+)
+
+
+def changes_function(key: str) -> bool:
+    """Whether a key of a config says what the weights compute: not one of training, of labels or of generation."""
+    return not _OF_TRAINING.search(key.rpartition(".")[2]) and not _OF_TRAINING.search(key.partition(".")[0])
+
+
+def labels_of(config: Config | None) -> tuple[str, ...] | None:
+    """The names of a classifier's labels in the order of their numbers, or None where the config names none."""
+    names = (config or {}).get("id2label")
+    if not isinstance(names, Mapping) or not all(str(number).isdigit() for number in names):
+        return None
+    return tuple(str(names[number]) for number in sorted(names, key=int))
+
 
 def kept_in_float32(name: str, config: Config | None) -> bool:
     """Whether the tensor stays in float32 when a checkpoint of this config is written in a narrower dtype."""
     if (config or {}).get("model_type") == "ernie4_5_moe" and _ERNIE_ROUTER.search(name):
         return True
     return bool(_KEPT_IN_FLOAT32.search(name))
+
+
+def is_depth_router(name: str) -> bool:
+    """Whether the tensor is a router of `mod`, which transformers does not know."""
+    return name.endswith(".mod_router.weight")
 
 
 def is_running_statistic(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""How the work fits into the memory that was allowed. Pure arithmetic on a plan; knows nothing of threads or files.
+"""How the work fits into the memory that was allowed, and how much there is. Knows nothing of threads or files.
 
 Every thread has a block of the output file to fill and a buffer for what the block is made from. Neither
 grows with the model: a block holds pieces of tensors, and many sources only make the pieces smaller.
@@ -6,13 +6,12 @@ grows with the model: a block holds pieces of tensors, and many sources only mak
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
-from merger.expression import Expression
 from merger.plan import Plan
 
-PAGE = 4096
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
 DEFAULT_MEMORY = 1 << 30
@@ -31,26 +30,22 @@ class Allotment:
         return self.threads * (self.block + self.buffer)
 
 
-def read_cost(expression: Expression, elements: int) -> int:
-    """The most buffer that reading for `elements` elements takes, in bytes: ranges widen to whole pages at both
-    ends.
-    """
-    return sum(elements * leaf.itemsize + 2 * PAGE for leaf in expression.leaves())
-
-
 def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Allotment:
     """Divide `memory` bytes among `threads` (twice the processors without), with fewer threads where it is scarce.
 
     Raises NotEnoughMemory with the number that would do.
     """
-    widest = max((tensor for tensor in plan.checkpoint.tensors.values()), key=lambda tensor: read_cost(tensor, 1))
-    least = read_cost(widest, SMALLEST_PIECE)
+    widest = max(
+        (entry.expression for shard in plan.shards for entry in shard.entries),
+        key=lambda tensor: tensor.memory(SMALLEST_PIECE),
+    )
+    least = widest.memory(SMALLEST_PIECE)
     wanted = threads or 2 * (os.cpu_count() or 1)
     for count in range(wanted, 0, -1):
         share = memory // count
         block = _block(share, least)
         if share - block >= least:
-            return Allotment(count, block, min(share - block, max(least, read_cost(widest, block // widest.itemsize))))
+            return Allotment(count, block, min(share - block, max(least, widest.memory(block // widest.itemsize))))
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
@@ -64,3 +59,12 @@ def _block(share: int, least: int) -> int:
     while block > LEAF and (block > share // 4 or share - block < least):
         block //= 2
     return block
+
+
+def free_memory() -> int:
+    """Bytes that processes can take without others being pushed out."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

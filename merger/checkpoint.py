@@ -7,14 +7,14 @@ first are `Stored`, those of the second are computed from stored ones.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.expression import Expression, File, Stored, cast
-from merger.storage.folder import ModelFolder, open_folder
+from merger.storage.folder import ModelFolder, WeightFile, open_folder
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Source:
     reference: str
     step: int | None
     files: tuple[File, ...]
+    optimizer: Mapping[str, Expression] = field(default_factory=dict, compare=False)  # from optimizer.safetensors
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,50 @@ class Part:
     weight: float
 
 
+Claim = Literal["equal", "close", "none"]
+# How far apart `close` logits may be, as a share of the largest. Rounding in float32 makes 1e-6 of a few layers and
+# more of many; the smallest mistake in surgery that was seen (another epsilon in norms) makes 3e-3.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that surgery began with, and what is claimed of the result's logits: that they are `equal` to its bit
+    for bit, `close` (to rounding), or neither (`none`), and why. `layers` holds for each layer of the result the
+    origin's layer that it stands for, None for one that adds nothing.
+    """
+
+    checkpoint: "Checkpoint"
+    claim: Claim
+    reason: str
+    layers: tuple[int | None, ...]
+    tolerance: float = TOLERANCE
+
+    @property
+    def says(self) -> str:
+        """The claim and its reason for people."""
+        claims = {"equal": "exact by construction", "close": "exact but for rounding", "none": "not the same function"}
+        return f"{claims[self.claim]}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Kin:
+    """Models that were added because they stem from one, the `base` where the recipe names it. What only their values
+    tell of that is looked up before data moves (`merger.preflight`).
+    """
+
+    models: tuple["Checkpoint", ...]
+    base: "Checkpoint | None" = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model as expressions. `parts` says which stored models it is made of; `notes` are for the person
-    who asked, `warnings` too, and are refused under --strict. `label` is what a person calls it."""
+    who asked, `warnings` too, and are refused under --strict. `label` is what a person calls it.
+
+    Surgery adds its `origin`, the moments of an optimizer under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, files
+    of its own (`texts`, name to content) and paragraphs for the model card.
+    """
 
     tensors: Mapping[str, Expression]
     config: Mapping[str, Any] | None
@@ -46,6 +87,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     label: str = ""
+    origin: Origin | None = None
+    optimizer: Mapping[str, Expression] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    paragraphs: tuple[str, ...] = ()
+    kin: tuple[Kin, ...] = ()
 
     def noting(self, note: str) -> "Checkpoint":
         """The same checkpoint with one more note."""
@@ -63,6 +109,21 @@ class Checkpoint:
         return replace(self, config=config, side_files=giver.side_files)
 
 
+def root_of(checkpoint: Checkpoint) -> Origin | None:
+    """The model that a chain of surgeries began with, with the weakest of their claims."""
+    origin = checkpoint.origin
+    if origin is None:
+        return None
+    inner = root_of(origin.checkpoint)
+    if inner is None:
+        return origin
+    strength = ("none", "close", "equal")
+    claim = min(origin.claim, inner.claim, key=strength.index)
+    layers = tuple(None if layer is None else inner.layers[layer] for layer in origin.layers)
+    tolerance = max(origin.tolerance, inner.tolerance)
+    return Origin(inner.checkpoint, claim, f"{inner.reason}; {origin.reason}", layers, tolerance)
+
+
 def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """The checkpoint with its floating tensors in another dtype, but for those that models keep in float32."""
     tensors = {
@@ -72,7 +133,10 @@ def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
         for name, tensor in checkpoint.tensors.items()
     }
     config = with_dtype(checkpoint.config, TORCH_NAMES[dtype]) if checkpoint.config else None
-    return replace(checkpoint, tensors=tensors, config=config)
+    origin = checkpoint.origin
+    if origin:  # what is claimed is claimed of both in one dtype
+        origin = replace(origin, checkpoint=in_dtype(origin.checkpoint, dtype))
+    return replace(checkpoint, tensors=tensors, config=config, origin=origin)
 
 
 def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
@@ -84,15 +148,20 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
     tensors: dict[str, Expression] = {}
     files = []
     for weights in model.files:
-        header = weights.header
-        file = File(weights.path, header.file_size, weights.mtime_ns, header.sha256)
+        file, stored = _stored(weights)
         files.append(file)
-        for name, tensor in header.tensors.items():
-            tensors[name] = Stored(tensor.dtype, tensor.shape, file, tensor.start)
-    source = Source(reference or str(folder), step_of(folder), tuple(files))
+        tensors |= stored
+    optimizer = _stored(model.optimizer)[1] if model.optimizer else {}
+    source = Source(reference or str(folder), step_of(folder), tuple(files), optimizer)
     return Checkpoint(
         tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference or str(folder)
     )
+
+
+def _stored(weights: WeightFile) -> tuple[File, dict[str, Expression]]:
+    header = weights.header
+    file = File(weights.path, header.file_size, weights.mtime_ns, header.sha256)
+    return file, {name: Stored(t.dtype, t.shape, file, t.start) for name, t in header.tensors.items()}
 
 
 def _notes(model: ModelFolder) -> tuple[str, ...]:

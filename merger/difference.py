@@ -13,10 +13,11 @@ from typing import Self
 from merger.architecture import layer_of
 from merger.checkpoint import Checkpoint
 from merger.dtypes import DTYPES
-from merger.errors import IncompatibleSources, SourceChanged
-from merger.expression import File, Stored
+from merger.errors import IncompatibleSources
+from merger.expression import Stored
 from merger.kernels import compare
-from merger.storage.disk import PAGE, InputFile, page_aligned
+from merger.reader import OpenFiles
+from merger.storage.disk import PAGE, page_aligned
 
 _BLOCK = 1 << 20  # elements
 
@@ -83,30 +84,31 @@ def pairs_of(a: Checkpoint, b: Checkpoint) -> list[Pair]:
 
 
 def measure(pairs: Sequence[Pair], limit: int | None = None) -> dict[str, Distance]:
-    """The distance of every pair, by name; with `limit` over the first so many elements of each."""
-    files = {leaf.file: InputFile(leaf.file.path, leaf.file.size) for pair in pairs for leaf in (pair.a, pair.b)}
+    """The distance of every pair, by name; with `limit` over the first so many elements of each.
+
+    Raises ReadFailed and SourceChanged.
+    """
+    files = OpenFiles()
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return {pair.name: _tensor(pool, files, pair, limit) for pair in pairs}
-    except OSError as error:
-        raise SourceChanged(f"cannot be read any more: {error.strerror}", where=str(error.filename)) from error
     finally:
-        for file in files.values():
-            file.close()
+        files.close()
 
 
-def _tensor(pool: Executor, files: Mapping[File, InputFile], pair: Pair, limit: int | None) -> Distance:
+def _tensor(pool: Executor, files: OpenFiles, pair: Pair, limit: int | None) -> Distance:
     size = math.prod(pair.a.shape)
     size = size if limit is None else min(size, limit)
     blocks = pool.map(lambda start: _block(files, pair, start, min(start + _BLOCK, size)), range(0, size, _BLOCK))
     return sum(blocks, Distance())
 
 
-def _block(files: Mapping[File, InputFile], pair: Pair, start: int, stop: int) -> Distance:
+def _block(files: OpenFiles, pair: Pair, start: int, stop: int) -> Distance:
     values = []
     for tensor in (pair.a, pair.b):
         part = tensor.range(start, stop)
-        values.append(files[tensor.file].read(part.start, part.stop, page_aligned(part.stop - part.start + 2 * PAGE)))
+        with files.lease(tensor.file) as file:
+            values.append(file.read(part.start, part.stop, page_aligned(part.stop - part.start + 2 * PAGE)))
     return Distance(stop - start, *compare(values[0], pair.a.dtype, values[1], pair.b.dtype))
 
 

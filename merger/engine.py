@@ -8,18 +8,20 @@ every element is computed for itself, by the same operations in the same order.
 
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from merger.budget import Allotment, read_cost
+from merger.budget import Allotment
 from merger.checksum import LEAF, checksum, leaves
 from merger.dtypes import DTYPES
 from merger.errors import MergerError, NonFiniteInput, WriteFailed
 from merger.expression import Expression, Fetch, File
 from merger.kernels import Bytes, count_non_finite
+from merger.measuring import measured
 from merger.plan import Shard
 from merger.reader import OpenFiles, read
 from merger.receipt import FOLDER, Receipt, write_receipt
@@ -36,16 +38,40 @@ def write_shards(
     fingerprint: str,
     *,
     strict: bool = False,
+    execution: str = "",
     on_bytes: OnBytes = lambda _: None,
     on_shard: OnShard = lambda _: None,
 ) -> list[Receipt]:
     """Make the shards in the folder `output` (with its `.merger` folder) and return their receipts.
 
-    `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread. Raises ReadFailed, WriteFailed,
+    `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread. `execution` goes into the names
+    of unfinished files, so that two executions of the same work do not write into one. Raises ReadFailed, WriteFailed,
     SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
     """
-    work = _Work(shards, output, allotment.block, fingerprint, on_shard)
-    inputs = OpenFiles()
+    inputs = OpenFiles(_read_again(shards))
+    try:
+        shards = measured(shards, inputs, allotment.threads)
+        work = _Work(shards, output, allotment.block, fingerprint, execution, on_shard)
+        _run_threads(work, inputs, allotment, strict, on_bytes)
+    finally:
+        inputs.close()
+    if work.error:
+        raise work.error
+    return work.receipts
+
+
+def _read_again(shards: Sequence[Shard]) -> set[File]:
+    """The files of which more is read than they hold, as for copies of one tensor."""
+    wanted: Counter[File] = Counter()
+    for shard in shards:
+        for entry in shard.entries:
+            for part in entry.expression.reads(0, entry.expression.size):
+                wanted[part.file] += part.stop - part.start
+    return {file for file, size in wanted.items() if size > 1.2 * file.size}
+
+
+def _run_threads(work: "_Work", inputs: OpenFiles, allotment: Allotment, strict: bool, on_bytes: OnBytes) -> None:
+    """Work until nothing is left or the work is stopped; nothing runs any more when this returns or raises."""
     threads = [
         threading.Thread(target=_fill_blocks, args=(work, inputs, allotment, strict, on_bytes), name=f"engine-{i}")
         for i in range(allotment.threads)
@@ -60,11 +86,7 @@ def write_shards(
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
-        inputs.close()
         work.close()
-    if work.error:
-        raise work.error
-    return work.receipts
 
 
 # ---- the blocks ---------------------------------------------------------------------------------------
@@ -73,10 +95,10 @@ def write_shards(
 class _OpenShard:
     """A shard while it is written: its file, what is left of it, and what its receipt will say."""
 
-    def __init__(self, shard: Shard, output: Path, block: int) -> None:
+    def __init__(self, shard: Shard, partial: Path, block: int) -> None:
         self.shard = shard
         self.offsets = [entry.offset for entry in shard.entries]
-        self.partial = output / FOLDER / shard.name
+        self.partial = partial
         self.file = OutputFile(self.partial, shard.size)
         self.left = -(-shard.data_size // block)
         self.checksums = bytearray(8 * -(-shard.data_size // LEAF))
@@ -98,10 +120,19 @@ class _Block(NamedTuple):
 class _Work:
     """The blocks that are left, handed out in order; finishes a shard with its last block. Safe for threads."""
 
-    def __init__(self, shards: Iterable[Shard], output: Path, block: int, fingerprint: str, on_shard: OnShard) -> None:
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        output: Path,
+        block: int,
+        fingerprint: str,
+        execution: str,
+        on_shard: OnShard,
+    ) -> None:
         self.receipts: list[Receipt] = []
         self.error: BaseException | None = None
         self._output, self._block, self._fingerprint, self._on_shard = output, block, fingerprint, on_shard
+        self._execution = execution
         self._lock = threading.Lock()
         self._open: set[_OpenShard] = set()
         self._stopped = False
@@ -109,7 +140,8 @@ class _Work:
 
     def _all_blocks(self, shards: Iterable[Shard]) -> Iterator[_Block]:
         for shard in shards:
-            current = _OpenShard(shard, self._output, self._block)
+            partial = self._output / FOLDER / f"{shard.name}{self._execution}"
+            current = _OpenShard(shard, partial, self._block)
             self._open.add(current)
             if not current.left:
                 self._finish(current)
@@ -217,7 +249,7 @@ def _batches(block: _Block, data: Bytes, capacity: int) -> Iterator[list[_Piece]
     taken = 0
     for piece in _pieces(block, data):
         for part in _divided(piece, capacity):
-            cost = read_cost(part.expression, part.stop - part.start)
+            cost = part.expression.memory(part.stop - part.start)
             if batch and taken + cost > capacity:
                 yield batch
                 batch, taken = [], 0
@@ -229,9 +261,9 @@ def _batches(block: _Block, data: Bytes, capacity: int) -> Iterator[list[_Piece]
 
 def _divided(piece: _Piece, capacity: int) -> Iterator[_Piece]:
     count = piece.stop - piece.start
-    fixed = read_cost(piece.expression, 0)
-    per_element = read_cost(piece.expression, 1) - fixed
-    largest = max(1, (capacity - fixed) // per_element)
+    fixed = piece.expression.memory(0)
+    per_element = piece.expression.memory(1) - fixed
+    largest = max(1, (capacity - fixed) // per_element) if per_element else max(1, count)
     itemsize = piece.expression.itemsize
     for first in range(0, count, largest):
         last = min(first + largest, count)
@@ -263,7 +295,7 @@ def _evaluate(
 
 def _non_finite_input(piece: _Piece, fetch: Fetch) -> File | None:
     """The first file whose values in this piece are not all finite, or None where only the result overflowed."""
-    for leaf in piece.expression.leaves():
-        if DTYPES[leaf.dtype].is_float and count_non_finite(fetch(leaf.range(piece.start, piece.stop)), leaf.dtype):
-            return leaf.file
+    for part in piece.expression.reads(piece.start, piece.stop):
+        if DTYPES[part.dtype].is_float and count_non_finite(fetch(part), part.dtype):
+            return part.file
     return None

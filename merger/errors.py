@@ -7,6 +7,8 @@ MergerError
 |   |   |-- FormatError     a checkpoint file breaks the format
 |   |   `-- PickledWeights  the weights are a pickle
 |   |-- IncompatibleSources the models do not fit together
+|   |-- UnsupportedModel    the method cannot be used on this model
+|   |-- NotInstalled        it needs a package that is not there
 |   |-- OutputOccupied      the output folder holds something else
 |   |-- NotEnoughDisk       the result would not fit on the disk
 |   |-- NotEnoughMemory     the work does not fit into the memory that was allowed
@@ -15,7 +17,10 @@ MergerError
 |   |-- ReadFailed          a source could not be read to its end
 |   |-- WriteFailed         the output could not be written
 |   |-- SourceChanged       a source changed after it was planned
-|   `-- VerificationFailed  what was written is not what was planned
+|   |-- ServiceFailed       the job service did not answer, or failed
+|   |-- WorkerDied          the processes that worked on a shard died again and again
+|   |-- VerificationFailed  what was written is not what was planned
+|   `-- NotGoodEnough       the result does not measure what was required of it
 `-- Interrupted             stopped on request; the next run goes on                    exit 130, HTTP 409
 """
 
@@ -72,6 +77,18 @@ class IncompatibleSources(RequestError):
     """The models do not fit together. `where` is the tensor, file or config key that differs."""
 
 
+class UnsupportedModel(RequestError):
+    """The method cannot be used on this model. `where` is the config's key, the tensor or the model."""
+
+    remedy = "docs/surgery.md lists what can be done with which family of models."
+
+
+class NotInstalled(RequestError):
+    """What was asked needs a package that is not installed."""
+
+    remedy = "pip install 'merger[torch]'"
+
+
 class OutputOccupied(RequestError):
     """The output folder holds something else, which merger never overwrites."""
 
@@ -114,8 +131,26 @@ class SourceChanged(JobError):
     remedy = "Run again when nothing writes to the sources any more."
 
 
+class ServiceFailed(JobError):
+    """The job service did not answer, or failed."""
+
+    remedy = "Is `merger serve` running? Its address comes from MERGER_SERVER, --server or the config file."
+
+
+class WorkerDied(JobError):
+    """The processes that worked on a shard died again and again."""
+
+    remedy = "Look at the job's log and at the memory of the machines; a retry goes on after the finished shards."
+
+
 class VerificationFailed(JobError):
     """What was written is not what was planned."""
+
+
+class NotGoodEnough(JobError):
+    """The result does not measure what was required of it."""
+
+    remedy = "Ask for less in `evaluate`, or change the recipe. Finished shards are kept for the next run."
 
 
 class Interrupted(MergerError):

@@ -1,20 +1,39 @@
-"""The pictures of a run's report: which numbers are drawn. Knows plans and written shards; knows nothing of pixels."""
+"""The pictures of a run's report: which numbers are drawn. Knows plans, written shards and scores; knows nothing of
+pixels."""
 
 from pathlib import Path
 
+from merger.assessment import Assessment
+from merger.checkpoint import root_of
 from merger.difference import Pair, by_layer, measure
 from merger.dtypes import DTYPES
 from merger.expression import File, Stored
 from merger.plan import Plan
+from merger.sizes import active, parameters
 
 
-def weights(plan: Plan) -> bytes:
-    """The weight of every source."""
-    from merger.pictures import draw_weights  # noqa: PLC0415  (matplotlib: a third of a second)
+def main_picture(plan: Plan) -> dict[str, bytes]:
+    """What the result is made of, by its title: the weight of every source, or of surgery what became of the size."""
+    from merger.pictures import draw_sizes, draw_weights  # noqa: PLC0415  (matplotlib: a third of a second)
 
+    origin = root_of(plan.checkpoint)
+    if origin:
+        models = {"before": origin.checkpoint, "after": plan.checkpoint}
+        sizes = {name: (parameters(model), active(model)) for name, model in models.items()}
+        return {"parameters": draw_sizes(sizes)}
     parts = plan.checkpoint.parts
     names = [Path(part.source.reference).name for part in parts]
-    return draw_weights([part.source.step for part in parts], [part.weight for part in parts], names)
+    return {"weights": draw_weights([part.source.step for part in parts], [part.weight for part in parts], names)}
+
+
+def lines(assessment: Assessment | None) -> dict[str, bytes]:
+    """The metric along the lines between neighbouring fine-tunes, where it was measured."""
+    from merger.pictures import draw_lines  # noqa: PLC0415
+
+    if assessment is None or not assessment.lines:
+        return {}
+    found = [(Path(line.first).name, Path(line.other).name, line.places, line.values) for line in assessment.lines]
+    return {"between the sources": draw_lines(found, assessment.evaluation.by)}
 
 
 SAMPLE = 1 << 16  # elements of each tensor that the report's picture of distances looks at
@@ -24,8 +43,10 @@ def distances(plan: Plan, output: Path) -> dict[str, bytes]:
     """How far the result is from its last source, by layer, from a sample of each tensor; nothing for a copy."""
     from merger.pictures import draw_distances  # noqa: PLC0415
 
+    if len(plan.checkpoint.parts) < 2:
+        return {}
     layers = by_layer(measure(_pairs_with_last(plan, output), SAMPLE))
-    if len(plan.checkpoint.parts) < 2 or not layers:
+    if not layers:
         return {}
     last = Path(plan.checkpoint.parts[-1].source.reference).name
     title = f"How far the result is from {last}, by the start of each tensor"
@@ -37,8 +58,9 @@ def _pairs_with_last(plan: Plan, output: Path) -> list[Pair]:
     """Every written tensor that is made from the last source, beside that source's own."""
     last = set(plan.checkpoint.parts[-1].source.files)
     pairs = []
-    for shard in plan.shards:
-        file = File(output / shard.name, shard.size, 0, "")
+    for shard in plan.weights:
+        path = output / shard.name
+        file = File(path, shard.size, path.stat().st_mtime_ns, "")
         for entry in shard.entries:
             made, own = entry.expression, [leaf for leaf in entry.expression.leaves() if leaf.file in last]
             if own and DTYPES[made.dtype].is_float and own[0].shape == made.shape:

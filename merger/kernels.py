@@ -304,7 +304,7 @@ def load() -> None:
     count_non_finite(nothing, "BF16")
 
 
-# ---- comparison ---------------------------------------------------------------------------------------
+# ---- measures -----------------------------------------------------------------------------------------
 
 
 @compiled
@@ -349,3 +349,20 @@ def compare(a: Bytes, a_dtype: str, b: Bytes, b_dtype: str) -> tuple[float, floa
     )
     aa, bb, ab, dd, largest = (float(total) for total in totals)
     return aa, bb, ab, dd, largest
+
+
+@compiled
+def _add_moments(address: Any, code: Any, size: Any, mask: Any, totals: Any) -> None:
+    buffer = np.empty(_CHUNK)
+    for start in range(0, mask.size, _CHUNK):
+        values = buffer[: min(_CHUNK, mask.size - start)]
+        _widen(values, address + np.uint64(start * size), code)
+        for i in range(values.size):
+            if mask[start + i]:
+                totals[0] += values[i]
+                totals[1] += values[i] * values[i]
+
+
+def add_moments(values: Bytes, dtype: str, mask: NDArray[np.bool_], totals: NDArray[np.float64]) -> None:
+    """Add the sum and the sum of squares of the values where the mask is set to `totals`, one after the other."""
+    _add_moments(np.uint64(values.ctypes.data), CODES[dtype], _ITEMSIZE[dtype], mask, totals)

@@ -1,7 +1,7 @@
 """The pictures of reports, as PNG. Knows numbers and colours; knows nothing of where they come from."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.axes import Axes
@@ -37,6 +37,34 @@ def draw_weights(steps: Sequence[int | None], weights: Sequence[float], names: S
     return _png(figure)
 
 
+def draw_sizes(sizes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Bars of the parameters of models, by name: all of them, and in the same bar those that a token meets."""
+    figure = Figure(figsize=(8.0, 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(sizes)
+    widest = max(total for total, _ in sizes.values())
+    for place, (total, active) in enumerate(sizes.values()):
+        axes.barh(place, total, height=0.55, color=GREY, alpha=0.35)
+        axes.barh(place, active, height=0.55, color=BLUE)
+        told = f"{_count(total)}" if total == active else f"{_count(total)}, {_count(active)} a token"
+        axes.text(total + 0.01 * widest, place, told, va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * widest)
+    axes.set_title("Parameters (blue: those that a token meets)", loc="left", fontsize=10)
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    return _png(figure)
+
+
+def _count(number: float) -> str:
+    for unit, size in ((" T", 1e12), (" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
 def draw_distances(title: str, layers: Sequence[str], relative: Sequence[float], cosine: Sequence[float]) -> bytes:
     """Two rows over the layers: the relative distance of the weights, and one minus the cosine between them."""
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
@@ -53,6 +81,26 @@ def draw_distances(title: str, layers: Sequence[str], relative: Sequence[float],
     above.set_title(title, loc="left", fontsize=10)
     for axes in (above, below):
         _plain(axes)
+    return _png(figure)
+
+
+Curve = tuple[str, str, Sequence[float], Sequence[float]]  # from, to, places from 0 to 1, values there
+
+
+def draw_lines(curves: Sequence[Curve], metric: str) -> bytes:
+    """A metric along straight lines between models, one after the other, and the chord between the ends of each."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    ticks: dict[float, str] = {}
+    for i, (first, other, places, values) in enumerate(curves):
+        along = [i + place for place in places]
+        axes.plot(along, values, color=BLUE, marker="o", markersize=3)
+        axes.plot([i, i + 1], [values[0], values[-1]], color=GREY, linewidth=0.8, linestyle="--")
+        ticks |= {float(i): first, float(i + 1): other} if i not in ticks or ticks[i] == first else {i + 1.0: other}
+    axes.set_xticks(list(ticks), [_short(name) for name in ticks.values()])
+    axes.set_ylabel(metric)
+    axes.set_title(f"{metric} on the lines between models (dashed: the chord)", loc="left", fontsize=10)
+    _plain(axes)
     return _png(figure)
 
 

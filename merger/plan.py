@@ -14,6 +14,7 @@ from typing import Any
 
 from merger.checkpoint import Checkpoint
 from merger.expression import Expression, Identical
+from merger.storage.folder import OPTIMIZER
 from merger.storage.safetensors import build_header
 
 # Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
@@ -42,6 +43,11 @@ class Shard:
     def size(self) -> int:
         return len(self.header) + self.data_size
 
+    @property
+    def read_size(self) -> int:
+        """Bytes that are read to make it."""
+        return sum(entry.expression.read_size for entry in self.entries)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,7 +66,12 @@ class Plan:
     @cached_property
     def read_size(self) -> int:
         """Bytes that will be read."""
-        return sum(leaf.nbytes for tensor in self.checkpoint.tensors.values() for leaf in tensor.leaves())
+        return sum(shard.read_size for shard in self.shards)
+
+    @property
+    def weights(self) -> tuple[Shard, ...]:
+        """The shards of the model itself: all but the optimizer's."""
+        return tuple(shard for shard in self.shards if shard.name != OPTIMIZER)
 
     @property
     def parameters(self) -> int:
@@ -78,6 +89,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Mapping[str, Any], shard_size: int
     groups = list(_groups(checkpoint.tensors, shard_size))
     names = ["model.safetensors"] if len(groups) == 1 else list(_numbered(len(groups)))
     shards = tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+    if checkpoint.optimizer:
+        shards = (*shards, _shard(OPTIMIZER, checkpoint.optimizer.items()))
     return Plan(recipe, checkpoint, shards, _fingerprint(checkpoint, recipe, shards))
 
 
@@ -115,16 +128,19 @@ _METADATA = {"format": "pt"}  # what transformers writes, and older versions of 
 
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iterable[Shard]) -> str:
-    """sha256 over what the result follows from, in canonical JSON; the folder it goes to is not part of it."""
+    """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to nor what is
+    measured of it is part of it.
+    """
     output = {key: value for key, value in recipe.get("output", {}).items() if key != "path"}
+    moments = {leaf.file for tensor in checkpoint.optimizer.values() for leaf in tensor.leaves()}
+    files = [file for part in checkpoint.parts for file in part.source.files]
     content = {
         "arithmetic": ARITHMETIC,
-        "recipe": {**recipe, "output": output},
+        "recipe": {**{key: value for key, value in recipe.items() if key != "evaluate"}, "output": output},
         "parts": [(part.source.reference, part.weight) for part in checkpoint.parts],
         "files": [
             (str(file.path), file.size, file.mtime_ns, file.header_sha256)
-            for part in checkpoint.parts
-            for file in part.source.files
+            for file in [*files, *sorted(moments, key=lambda file: file.path)]
         ],
         "shards": [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in shards],
     }
@@ -134,6 +150,6 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
 def index_of(plan: Plan) -> dict[str, Any]:
     """The content of model.safetensors.index.json."""
     return {
-        "metadata": {"total_parameters": plan.parameters, "total_size": sum(shard.data_size for shard in plan.shards)},
-        "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
+        "metadata": {"total_parameters": plan.parameters, "total_size": sum(shard.data_size for shard in plan.weights)},
+        "weight_map": {entry.name: shard.name for shard in plan.weights for entry in shard.entries},
     }

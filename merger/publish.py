@@ -93,7 +93,7 @@ def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifes
         write_atomically(output / name, source.read_bytes())
     for name, text in texts.items():
         write_atomically(output / name, text if isinstance(text, bytes) else text.encode())
-    if len(plan.shards) > 1:
+    if len(plan.weights) > 1:
         _write_json(output / INDEX, index_of(plan))
     _write_json(output / MANIFEST, manifest)
     if checkpoint.config is not None:

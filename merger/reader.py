@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from merger.errors import SourceChanged
 from merger.expression import ByteRange, File
@@ -15,9 +15,11 @@ class OpenFiles:
     are many.
     """
 
-    LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two a file
+    LIMIT = 200  # of the 1024 descriptors that systems usually allow, at two or three a file
 
-    def __init__(self) -> None:
+    def __init__(self, again: Collection[File] = ()) -> None:
+        """`again` are the files that are read more than once, so that the page cache helps."""
+        self._again = again
         self._lock = threading.Lock()
         self._open: OrderedDict[File, InputFile] = OrderedDict()
         self._users: dict[File, int] = {}
@@ -29,7 +31,7 @@ class OpenFiles:
         with self._lock:
             if file not in self._open:
                 self._close_idle()
-                self._open[file] = _open_unchanged(file)
+                self._open[file] = _open_unchanged(file, again=file in self._again)
             self._open.move_to_end(file)
             self._users[file] = self._users.get(file, 0) + 1
             return self._open[file]
@@ -61,12 +63,12 @@ class _Lease:
         self._files.release(self._file)
 
 
-def _open_unchanged(file: File) -> InputFile:
+def _open_unchanged(file: File, *, again: bool) -> InputFile:
     """Raises SourceChanged where the file is not the one that was planned."""
     try:
         if file.path.stat().st_mtime_ns != file.mtime_ns:
             raise SourceChanged("was written to since it was planned", where=str(file.path))
-        return InputFile(file.path, file.size)
+        return InputFile(file.path, file.size, again=again)
     except OSError as error:
         raise SourceChanged(f"cannot be opened any more: {error.strerror}", where=str(file.path)) from error
 

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator
 
-from merger.checkpoint import Checkpoint, in_dtype, open_checkpoint
+from merger.checkpoint import Checkpoint, in_dtype
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError
+from merger.evaluation import TASKS, Evaluation, Measured
 from merger.methods import METHODS
-from merger.methods.method import Method
-from merger.sources import LocalSources, local_folder
+from merger.methods.averaging import Track
+from merger.methods.fine_tunes import Weighted
+from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.sources import LocalSources
+from merger.stages import Training
 from merger.tokenizer import difference
 
 
@@ -46,17 +50,20 @@ class Output(BaseModel):
 
 
 class Document(BaseModel):
-    """A recipe and its output."""
+    """A recipe, its output, and what the result must measure."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     recipe: SerializeAsAny[Method]
     output: Output
+    evaluate: SerializeAsAny[Measured] | None = None
 
     def dump(self) -> dict[str, Any]:
         """The document as plain data, every default written out."""
         recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return {"method": self.recipe.method, **recipe, "output": self.output.model_dump(exclude_none=True)}
+        evaluate = {"evaluate": self.evaluate.model_dump(mode="json", exclude_none=True)} if self.evaluate else {}
+        output = {"output": self.output.model_dump(exclude_none=True)}
+        return {"method": self.recipe.method, **recipe, **evaluate, **output}
 
 
 _UNITS = {
@@ -88,16 +95,25 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> Document:
 
     Raises RecipeError with the field's path, SourceError where the file cannot be read.
     """
+    return make_document(read_content(path, changes))
+
+
+def read_content(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain data in a recipe's file, with changes made to it. Raises RecipeError and SourceError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise SourceError(f"cannot be read: {cause}", where=str(path), remedy="Give the path of a recipe.") from error
-    return parse_document(text, changes, where=str(path))
+    return _parse(text, changes, str(path))
 
 
 def parse_document(text: str, changes: Sequence[str] = (), *, where: str = "recipe") -> Document:
     """The document in a text. Raises RecipeError with the field's path."""
+    return make_document(_parse(text, changes, where))
+
+
+def _parse(text: str, changes: Sequence[str], where: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -108,7 +124,7 @@ def parse_document(text: str, changes: Sequence[str] = (), *, where: str = "reci
         raise RecipeError("is not a mapping of fields", where=where)
     for change in changes:
         _apply(content, change)
-    return make_document(content)
+    return content
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -143,14 +159,21 @@ def make_document(content: Mapping[str, Any]) -> Document:
         close = difflib.get_close_matches("method", [str(key) for key in content], 1)
         hint = f"; {close[0]!r} is not a field, did you mean 'method'?" if close else ""
         raise RecipeError(f"is missing{hint}", where="method", remedy=_METHODS_REMEDY)
-    recipe = {key: value for key, value in content.items() if key != "output"}
+    parts = {"": {key: value for key, value in content.items() if key not in ("output", "evaluate")}}
+    parts |= {key: content.get(key, {}) for key in ("output", "evaluate")}
+    root = ""
     try:
-        return Document(recipe=Method.model_validate(recipe), output=Output.model_validate(content.get("output", {})))
+        recipe = Method.model_validate(parts[root])
+        root = "output"
+        output = Output.model_validate(parts[root])
+        root = "evaluate"
+        evaluate = _EVALUATION.validate_python(parts[root]) if root in content else None
     except ValidationError as error:
-        root = "output" if error.title == "Output" else ""
-        raise _explain(error, content.get("output", {}) if root else recipe, root) from error
+        raise _explain(error, parts[root], root) from error
+    return Document(recipe=recipe, output=output, evaluate=evaluate)
 
 
+_EVALUATION: TypeAdapter[Measured] = TypeAdapter(Evaluation)
 _METHODS_REMEDY = "`merger methods` lists them, with an example of each."
 
 
@@ -160,7 +183,7 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
     detail = details[0]
     path, holder = _path_of(detail["loc"], content)
     where = ".".join(part for part in (root, path) if part)
-    remedy = f"`output` has the fields {', '.join(Output.model_fields)}." if root else ""
+    remedy = f"`output` has the fields {', '.join(Output.model_fields)}." if root == "output" else ""
     if detail["type"] == "unknown_method":
         name = detail["ctx"]["name"]
         return RecipeError(
@@ -191,11 +214,14 @@ def _join(path: str, key: str) -> str:
 
 def _fields_of(holder: Any, root: str) -> list[str]:
     """The fields that the mapping at fault may have."""
-    if root:
+    if root == "output" or not isinstance(holder, Mapping):
         return list(Output.model_fields)
-    method = METHODS.get(holder.get("method", "")) if isinstance(holder, Mapping) else None
-    fields = method.model_fields if method else {}
-    return [field.alias or name for name, field in fields.items()] or ["sigma_rel", "checkpoints", "steps"]
+    if "target" in holder:
+        return list(Training.model_fields)
+    if "task" in holder:
+        return list(TASKS[holder["task"]].model_fields)
+    kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _suggest(name: object, known: Any) -> str:
@@ -206,25 +232,52 @@ def _suggest(name: object, known: Any) -> str:
 # ---- document to checkpoint ---------------------------------------------------------------------------
 
 
-def resolve(document: Document) -> Checkpoint:
+def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
     """The checkpoint that a document describes, in the dtype and with the side files that it asks for.
 
     Raises RequestError: everything that can be known from configs and headers is refused here.
     """
-    checkpoint = document.recipe.build(LocalSources())
+    sources = sources or LocalSources()
+    checkpoint = document.recipe.build(sources)
     if document.output.side_files_from:
-        checkpoint = _with_side_files(checkpoint, document.output.side_files_from)
+        giver = sources.open(Member(document.output.side_files_from, None))
+        checkpoint = _with_side_files(checkpoint, giver)
     if document.output.dtype:
         checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
     return checkpoint
 
 
-def _with_side_files(checkpoint: Checkpoint, reference: str) -> Checkpoint:
-    giver = open_checkpoint(local_folder(reference), reference)
+def evaluations_of(document: Document) -> list[Measured]:
+    """By what the recipes choose, and what the result is measured by."""
+    return [*all_evaluations(document.recipe), *([document.evaluate] if document.evaluate else [])]
+
+
+def check_evaluations(document: Document, sources: Sources) -> None:
+    """See that everything that will be measured can be: data that may be read and are there, models to compare with.
+
+    Raises RequestError.
+    """
+    for evaluation in evaluations_of(document):
+        for path in evaluation.files:
+            sources.admit(path)
+            if not path.is_file():
+                raise SourceError("is not there", where=str(path), remedy="Give the path of the data to measure with.")
+        for name in evaluation.better_than:
+            if name not in ("source", "sources"):
+                sources.open(Member(name, None))
+
+
+def settle(document: Document, means: Means) -> tuple[Document, tuple[Choice, ...]]:
+    """The document with its models trained and all choices made. Raises RequestError and JobError."""
+    recipe, choices = settled(document.recipe, means)
+    return document.model_copy(update={"recipe": recipe}), choices
+
+
+def _with_side_files(checkpoint: Checkpoint, giver: Checkpoint) -> Checkpoint:
     problem = difference(checkpoint.side_files, giver.side_files)
     if problem:
-        raise IncompatibleSources(f"{reference} has another vocabulary: {problem}", where="output.side_files_from")
+        raise IncompatibleSources(f"{giver.label} has another vocabulary: {problem}", where="output.side_files_from")
     for name in giver.tensors.keys() & checkpoint.tensors.keys():
         if giver.tensors[name].shape != checkpoint.tensors[name].shape:
-            raise IncompatibleSources(f"{reference} has another shape of {name}", where="output.side_files_from")
+            raise IncompatibleSources(f"{giver.label} has another shape of {name}", where="output.side_files_from")
     return checkpoint.with_side_files_of(giver)

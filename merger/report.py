@@ -11,7 +11,8 @@ import jinja2
 import yaml
 
 import merger
-from merger.checkpoint import Part
+from merger.assessment import Evidence
+from merger.checkpoint import Part, root_of
 from merger.dtypes import DTYPES
 from merger.plan import Plan
 from merger.receipt import Receipt
@@ -26,6 +27,9 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+NONE = Evidence()
+
+
 @dataclass(frozen=True)
 class Figures:
     """What the run cost: seconds of the writing pass, bytes read and written in it, and how it was done."""
@@ -37,7 +41,7 @@ class Figures:
     memory: int
 
 
-def manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
+def manifest(plan: Plan, receipts: Sequence[Receipt], evidence: Evidence = NONE) -> dict[str, Any]:
     """The content of merger.json: enough to repeat the run and to check its result.
 
     The same run gives the same text.
@@ -53,6 +57,7 @@ def manifest(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "non_finite": {name: count for receipt in receipts for name, count in receipt.non_finite.items()},
         "warnings": list(checkpoint.warnings),
         "notes": list(checkpoint.notes),
+        **evidence.as_data(),
         "versions": versions(),
     }
 
@@ -74,13 +79,16 @@ def _source(part: Part) -> dict[str, Any]:
     }
 
 
-def model_card(plan: Plan) -> str:
+def model_card(plan: Plan, evidence: Evidence = NONE) -> str:
     """The README.md of the result: what it is made of and how to make it again."""
     return _TEMPLATES.get_template("card.md").render(
         method=plan.recipe["method"],
         parts=plan.checkpoint.parts,
         recipe=recipe_text(plan.recipe),
         notes=[*plan.checkpoint.warnings, *plan.checkpoint.notes],
+        paragraphs=plan.checkpoint.paragraphs,
+        evidence=evidence,
+        claim=origin.says if (origin := root_of(plan.checkpoint)) else "",
         version=merger.__version__,
         fingerprint=plan.fingerprint,
         has_config=plan.checkpoint.config is not None,
@@ -92,13 +100,16 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
-def page(plan: Plan, checks: Sequence[Check], figures: Figures, pictures: Mapping[str, bytes]) -> str:
+def page(
+    plan: Plan, checks: Sequence[Check], figures: Figures, pictures: Mapping[str, bytes], evidence: Evidence = NONE
+) -> str:
     """The report: one HTML page that needs nothing beside it."""
     return _TEMPLATES.get_template("report.html").render(
         plan=plan,
         method=plan.recipe["method"],
         dtypes=_dtypes(plan),
         checks=checks,
+        evidence=evidence,
         figures=figures,
         pictures={title: base64.b64encode(png).decode() for title, png in pictures.items()},
         recipe=recipe_text(plan.recipe),

@@ -4,34 +4,58 @@ Knows the order of things; does none of them itself.
 """
 
 import gc
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger import gallery, kernels, publish
+from merger.assessment import Evidence, assess, require
 from merger.budget import DEFAULT_MEMORY, Allotment, allot
 from merger.engine import write_shards
-from merger.errors import IncompatibleSources, NonFiniteInput, RecipeError, VerificationFailed
-from merger.plan import Plan, make_plan
-from merger.preflight import check_buffers, check_disk
-from merger.receipt import Receipt
-from merger.recipe import Document, resolve, size_in_bytes
-from merger.report import Figures, manifest, model_card, page
-from merger.verify import Check, check_written
+from merger.errors import (
+    IncompatibleSources,
+    NonFiniteInput,
+    RecipeError,
+    SourceError,
+    UnsupportedModel,
+    VerificationFailed,
+)
+from merger.fine_tuning import LocalTrainer
+from merger.judging import LocalJudge, check_installed, own_memory
+from merger.methods.method import Judge, Means, Sources, is_open
+from merger.parity import Mode, parity_check
+from merger.plan import Plan, Shard, make_plan
+from merger.preflight import check_buffers, check_disk, check_kin
+from merger.receipt import FOLDER, Receipt
+from merger.recipe import (
+    Document,
+    check_evaluations,
+    evaluations_of,
+    make_document,
+    resolve,
+    settle,
+    size_in_bytes,
+)
+from merger.report import NONE, Figures, manifest, model_card, page
+from merger.sources import LocalSources
+from merger.storage.folder import read_json
+from merger.verify import MANIFEST, Check, check_written
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: bytes of memory for buffers, threads (None: twice the processors), and whether warnings are
-    refusals.
+    """How to run: bytes of memory for buffers, threads (None: twice the processors), whether warnings are refusals,
+    and how surgery is proven.
     """
 
     memory: int = DEFAULT_MEMORY
     threads: int | None = None
     strict: bool = False
+    parity: Mode = "auto"
 
 
 class Progress(ABC):
@@ -49,6 +73,10 @@ class Progress(ABC):
     def finished(self, receipt: Receipt) -> None:
         """A shard is on the disk."""
 
+    @abstractmethod
+    def phase(self, text: str) -> None:
+        """Something else begins that may take a while."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -65,10 +93,12 @@ class Outcome:
     warnings: Sequence[str]
 
 
-def plan_of(document: Document, options: Options) -> tuple[Plan, Allotment]:
+def plan_of(document: Document, options: Options, sources: Sources | None = None) -> tuple[Plan, Allotment]:
     """Resolve a document and lay out its result; reads configs, headers and integer buffers. Raises RequestError."""
+    sources = sources or LocalSources()
+    check_evaluations(document, sources)
     with _without_collector():
-        checkpoint = resolve(document)
+        checkpoint = resolve(document, sources)
         plan = make_plan(checkpoint, document.dump(), size_in_bytes(document.output.shard_size))
     if options.strict and checkpoint.warnings:
         raise IncompatibleSources(
@@ -76,6 +106,7 @@ def plan_of(document: Document, options: Options) -> tuple[Plan, Allotment]:
         )
     allotment = allot(plan, options.memory, options.threads)
     check_buffers(plan)
+    check_kin(plan)
     return plan, allotment
 
 
@@ -103,31 +134,62 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
 
     Raises RequestError with nothing written, JobError with finished shards kept.
     """
+    output_of(document)  # refused first where there is none
+    # While configs and headers are read. No daemon: ending the process while it compiles would crash it.
+    threading.Thread(target=kernels.load).start()
+    sources = LocalSources()
+    evaluations = evaluations_of(document)
+    if evaluations or is_open(document.recipe):
+        check_installed(evaluations)
+    trainer = LocalTrainer(sources, progress.phase)
+    with LocalJudge(sources, own_memory(), progress.phase) as judge:
+        means = Means(sources, judge, trainer)
+        settled, evidence = chosen(document, options, means)
+        return _run(settled, evidence, options, progress, means)
+
+
+def chosen(document: Document, options: Options, means: Means) -> tuple[Document, Evidence]:
+    """The document with its models trained and all choices made. What can be refused without is refused first.
+
+    Raises RequestError and JobError.
+    """
+    if not is_open(document.recipe):
+        return document, NONE
+    plan_of(document, options, means.sources)
+    settled, choices = settle(document, means)
+    return settled, Evidence(document.dump(), choices)
+
+
+def _run(document: Document, evidence: Evidence, options: Options, progress: Progress, means: Means) -> Outcome:
     output = output_of(document)
-    plan, allotment = plan_of(document, options)
+    plan, allotment = plan_of(document, options, means.sources)
     if publish.is_complete(output, plan):
         receipts = publish.published(output)
         checks = check_written(plan, output, receipts)
-        return Outcome(output, plan, checks, None, len(receipts), [*plan.checkpoint.warnings, *_inherited(receipts)])
+        checks += measured(document, plan, output, means.judge, evidence)[0]
+        return Outcome(output, plan, checks, None, len(receipts), warnings_of(plan, receipts))
     publish.check_free(output, plan)
     check_disk(plan, output, sum(receipt.size for receipt in publish.finished_shards(output, plan)))
     with publish.taken(output, plan):
         earlier = publish.finished_shards(output, plan)
         try:
             receipts, figures = _write(plan, output, allotment, options, progress, earlier)
-            checks = _checked(plan, output, receipts)
+            if plan.checkpoint.origin and options.parity != "off":
+                progress.phase("comparing logits with the source's")
+            checks = verified(plan, output, receipts, options.parity)
         except (NonFiniteInput, VerificationFailed):
             publish.discard(output, plan)  # trying again would come to the same
             raise
-        _complete(plan, output, receipts, checks, figures)
-    return Outcome(output, plan, checks, figures, len(earlier), [*plan.checkpoint.warnings, *_inherited(receipts)])
+        found, evidence = measured(document, plan, output, means.judge, evidence)
+        checks += found
+        complete(plan, output, receipts, checks, figures, evidence)
+    return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts))
 
 
 def _write(
     plan: Plan, output: Path, allotment: Allotment, options: Options, progress: Progress, earlier: Sequence[Receipt]
 ) -> tuple[list[Receipt], Figures]:
-    finished = {receipt.file for receipt in earlier}
-    left = [shard for shard in plan.shards if shard.name not in finished]
+    left = left_of(plan, earlier)
     kernels.load()
     progress.begin(plan.size, plan.size - sum(shard.size for shard in left))
     began = time.perf_counter()
@@ -141,13 +203,37 @@ def _write(
         on_shard=progress.finished,
     )
     seconds = time.perf_counter() - began
-    read = sum(leaf.nbytes for shard in left for entry in shard.entries for leaf in entry.expression.leaves())
-    figures = Figures(seconds, read, sum(shard.size for shard in left), allotment.threads, allotment.memory)
+    read, written = sum(shard.read_size for shard in left), sum(shard.size for shard in left)
+    figures = Figures(seconds, read, written, allotment.threads, allotment.memory)
     return [*earlier, *made], figures
 
 
-def _checked(plan: Plan, output: Path, receipts: Sequence[Receipt]) -> list[Check]:
+def left_of(plan: Plan, earlier: Sequence[Receipt]) -> list[Shard]:
+    """The shards that have no receipt yet."""
+    finished = {receipt.file for receipt in earlier}
+    return [shard for shard in plan.shards if shard.name not in finished]
+
+
+def measured(
+    document: Document, plan: Plan, folder: Path, judge: Judge, evidence: Evidence
+) -> tuple[list[Check], Evidence]:
+    """What the result in the shards of `folder` measures, where the document asks for it.
+
+    Raises NotGoodEnough where it is not what was required, RequestError and JobError where it cannot be measured.
+    """
+    if document.evaluate is None:
+        return [], evidence
+    unfinished = folder / FOLDER
+    assessment = assess(plan, folder, document.evaluate, judge, unfinished if unfinished.is_dir() else None)
+    require(assessment)
+    return assessment.checks(), replace(evidence, assessment=assessment)
+
+
+def verified(plan: Plan, output: Path, receipts: Sequence[Receipt], parity: Mode = "auto") -> list[Check]:
+    """The checks of a written result, all of them passed. Raises VerificationFailed."""
     checks = check_written(plan, output, receipts)
+    proof = parity_check(plan, output, parity) if all(check.passed for check in checks) else None
+    checks += [proof] if proof else []
     failed = [check for check in checks if not check.passed]
     if failed:
         remedy = "Choose a wider `output.dtype`, such as bfloat16 or float32." if failed[0].name == "finite" else ""
@@ -157,23 +243,48 @@ def _checked(plan: Plan, output: Path, receipts: Sequence[Receipt]) -> list[Chec
     return checks
 
 
-def _inherited(receipts: Sequence[Receipt]) -> list[str]:
-    """A warning for every tensor that was not finite in a source."""
+def prove(folder: Path) -> Check:
+    """Compare a finished result with the model that its recipe began with, which must be there still.
+
+    Raises RequestError where it is not a result of surgery, or where the sources have changed.
+    """
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    if manifest is None:
+        raise SourceError("has no merger.json: it is not a result of merger", where=str(folder))
+    plan, _ = plan_of(make_document(manifest["recipe"]), Options())
+    if plan.fingerprint != manifest["fingerprint"]:
+        raise SourceError("was made from sources that have changed since", where=str(folder))
+    check = parity_check(plan, folder)
+    if check is None:
+        raise UnsupportedModel("is no result of surgery: there is no model that it should equal", where=str(folder))
+    return check
+
+
+def warnings_of(plan: Plan, receipts: Sequence[Receipt]) -> list[str]:
+    """The warnings of the plan, and one for every tensor that was not finite in a source."""
     found = [(name, count) for receipt in receipts for name, count in receipt.non_finite.items()]
-    return [f"{name}: {count:,} values are NaN or infinite because a source's are" for name, count in found]
+    inherited = [f"{name}: {count:,} values are NaN or infinite because a source's are" for name, count in found]
+    return [*plan.checkpoint.warnings, *inherited]
 
 
-def _complete(
+def complete(
     plan: Plan,
     output: Path,
     receipts: Sequence[Receipt],
     checks: Sequence[Check],
     figures: Figures,
+    evidence: Evidence = NONE,
 ) -> None:
-    pictures = {"weights": gallery.weights(plan), **gallery.distances(plan, output)}
-    texts: dict[str, str | bytes] = {
-        "README.md": model_card(plan),
-        "report.html": page(plan, checks, figures, pictures),
-        **{f"{name}.png": png for name, png in pictures.items()},
+    """Put the side files, the card, the report and the config beside the shards."""
+    pictures = {
+        **gallery.main_picture(plan),
+        **gallery.lines(evidence.assessment),
+        **gallery.distances(plan, output),
     }
-    publish.complete(output, plan, texts, manifest(plan, receipts))
+    texts: dict[str, str | bytes] = {
+        "README.md": model_card(plan, evidence),
+        "report.html": page(plan, checks, figures, pictures, evidence),
+        **plan.checkpoint.texts,
+        **{f"{name.replace(' ', '-')}.png": png for name, png in pictures.items()},
+    }
+    publish.complete(output, plan, texts, manifest(plan, receipts, evidence))

@@ -1,7 +1,10 @@
-"""Where a recipe's checkpoints are: references and patterns to folders. Knows local paths; reads headers only."""
+"""Where a recipe's checkpoints are: references and patterns to folders, and which folders may be read.
+
+Knows local paths; reads headers only.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -10,13 +13,38 @@ from merger.errors import SourceError
 from merger.methods.method import Member, Method, Sources
 
 
+class Roots:
+    """The folders below which a service reads or writes; none given: everywhere, as on a person's own machine."""
+
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
+        self._folders = tuple(folder.expanduser().resolve() for folder in folders)
+
+    def admit(self, path: Path, where: str) -> None:
+        """See that `path`, its links followed, lies below a root.
+
+        Raises SourceError, which does not tell whether the path exists.
+        """
+        if self._folders and not any(path.resolve().is_relative_to(folder) for folder in self._folders):
+            allowed = ", ".join(map(str, self._folders))
+            raise SourceError(
+                "is outside of the folders that this service may use",
+                where=where,
+                remedy=f"It may use what is below {allowed}.",
+            )
+
+
 class LocalSources(Sources):
-    """Models in local folders, and recipes within the recipe."""
+    """Models in local folders below `roots`, and recipes within the recipe."""
+
+    def __init__(self, roots: Roots | None = None) -> None:
+        self._roots = roots or Roots()
+        self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
         if not isinstance(checkpoints, str):
             members = tuple(self._member(source) for source in checkpoints)
         elif has_magic(checkpoints):
+            self._roots.admit(_fixed_part(checkpoints), checkpoints)
             members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
         else:
             members = (self._member(checkpoints),)
@@ -25,13 +53,27 @@ class LocalSources(Sources):
         return members
 
     def _member(self, source: str | Method) -> Member:
+        if isinstance(source, str):
+            self._roots.admit(Path(source).expanduser(), source)
         return Member(source, step_of(Path(source)) if isinstance(source, str) else None)
 
     def open(self, member: Member) -> Checkpoint:
         if isinstance(member.origin, Method):
             made = member.origin.build(self)
             return made.named(str(member))
-        return open_checkpoint(local_folder(member.origin), member.origin)
+        if member.origin not in self._opened:
+            self._opened[member.origin] = self._open(member.origin)
+        return self._opened[member.origin]
+
+    def admit(self, path: Path) -> None:
+        self._roots.admit(path.expanduser(), str(path))
+
+    def _open(self, reference: str) -> Checkpoint:
+        folder = local_folder(reference)
+        self._roots.admit(folder, reference)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            self._roots.admit(path, str(path))  # a link out of the root
+        return open_checkpoint(folder, reference)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -49,11 +91,19 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _nearest(pattern: str) -> str:
     """How far the pattern gets: the deepest folder of it that exists, and what is in there."""
-    folder = Path(pattern).expanduser()
-    while has_magic(str(folder)) or not folder.is_dir():
+    folder = _fixed_part(pattern)
+    while not folder.is_dir():
         folder = folder.parent
     names = sorted(path.name for path in folder.iterdir())[:5]
     return f"{folder.resolve()} holds {', '.join(names) or 'nothing'}. Paths are relative to where the command runs."
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The deepest folder of a pattern that has no wildcard in it."""
+    folder = Path(pattern).expanduser()
+    while has_magic(str(folder)):
+        folder = folder.parent
+    return folder
 
 
 def local_folder(reference: str) -> Path:

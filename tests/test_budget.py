@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.budget import SMALLEST_PIECE, allot, read_cost
+from merger.budget import SMALLEST_PIECE, allot
 from merger.checkpoint import Checkpoint
 from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
@@ -38,7 +38,7 @@ def test_no_more_than_was_allowed_is_taken_and_a_refusal_names_enough(sources, m
     assert allotment.memory <= memory
     assert 1 <= allotment.threads <= threads
     assert allotment.block % LEAF == 0
-    assert allotment.buffer >= read_cost(plan.checkpoint.tensors["x"], SMALLEST_PIECE)
+    assert allotment.buffer >= plan.checkpoint.tensors["x"].memory(SMALLEST_PIECE)
 
 
 @pytest.mark.parametrize("sources", [1, 3, 40])

@@ -1,6 +1,7 @@
 """Distances between checkpoints against numpy in float64."""
 
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -74,3 +75,13 @@ def test_shapes_must_agree_and_integers_have_no_distance(tmp_path):
     assert distances(tmp_path, {"i": np.array([1])}, {"i": np.array([2])}) == {}
     with pytest.raises(IncompatibleSources, match=r"\[2\] in .*a and \[3\] in .*b"):
         distances(tmp_path, {"t": np.ones(2)}, {"t": np.ones(3)})
+
+
+def test_many_tensors_do_not_need_many_open_files(tmp_path):
+    tensors = {f"layers.{i}.weight": np.ones(4, "f4") for i in range(300)}
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, before[1]), before[1]))
+    try:
+        assert len(distances(tmp_path, tensors, tensors)) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

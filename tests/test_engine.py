@@ -3,12 +3,13 @@
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from merger.budget import Allotment, read_cost
+from merger.budget import Allotment
 from merger.checkpoint import open_checkpoint
 from merger.checksum import LEAF
 from merger.dtypes import DTYPES
@@ -17,6 +18,7 @@ from merger.errors import NonFiniteInput, SourceChanged
 from merger.methods.combination import weighted_sum
 from merger.plan import Plan, make_plan
 from merger.receipt import read_receipt
+from merger.storage.disk import InputFile
 from tests.checkpoints import as_float64, bfloat16, read_raw, write_header, write_model
 
 
@@ -74,7 +76,7 @@ def test_every_value_is_the_weighted_sum(models, tmp_path):
 @pytest.mark.parametrize("room", [0, 10_000, 1 << 22])
 def test_the_bytes_do_not_depend_on_how_the_work_is_cut(models, tmp_path, threads, block, room):
     plan = plan_of(models, WEIGHTS, shard_size=400_000)
-    least = max(read_cost(tensor, 1) for tensor in plan.checkpoint.tensors.values())
+    least = max(tensor.memory(1) for tensor in plan.checkpoint.tensors.values())
     made = make(plan, tmp_path / "out", Allotment(threads, block, least + room))
     assert contents(made) == contents(make(plan, tmp_path / "whole"))
     receipts = [read_receipt(tmp_path / name, plan.shards[0].name, plan.fingerprint) for name in ("out", "whole")]
@@ -180,3 +182,15 @@ def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, change)
         make(plan, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert not list((tmp_path / "out" / ".merger").glob("*.safetensors"))
+
+
+def test_a_tensor_that_is_copied_often_is_read_through_the_page_cache(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model", {"w": np.arange(200_000, dtype=np.float32)}, {})
+    once = open_checkpoint(folder)
+    copies = replace(once, tensors={f"copy.{i}": once.tensors["w"] for i in range(4)})
+    opened = []
+    monkeypatch.setattr("merger.reader.InputFile", lambda *a, **k: opened.append(k) or InputFile(*a, **k))
+    for checkpoint, again in ((copies, True), (once, False)):
+        made = make(make_plan(checkpoint, {"method": "x"}, 10**9), tmp_path / f"again-{again}")
+        assert opened.pop() == {"again": again}
+        assert {raw[2] for raw in stored(made).values()} == {np.arange(200_000, dtype=np.float32).tobytes()}

@@ -65,7 +65,7 @@ def test_a_range_of_elements_is_a_range_of_bytes(stored, dtype):
     tensor = stored((dtype, (6, 8), random_bytes(dtype, 48)))
     # Below a byte there is no address: elements are counted in bytes.
     size = DTYPES[dtype].bits // 8 if DTYPES[dtype].bits >= 8 else 1
-    assert list(tensor.reads(2, 5)) == [ByteRange(tensor.file, OFFSET + 2 * size, OFFSET + 5 * size)]
+    assert list(tensor.reads(2, 5)) == [ByteRange(tensor.file, OFFSET + 2 * size, OFFSET + 5 * size, dtype)]
 
 
 @pytest.mark.parametrize(("shape", "nbytes"), [((), 4), ((0,), 0), ((3, 0, 5), 0), ((2, 3), 24)])
@@ -128,9 +128,9 @@ def test_a_sum_reads_the_same_elements_of_every_term_in_order(tensors):
     result = combine([(0.5, tensor) for tensor in tensors], "F32")
     assert list(result.leaves()) == tensors
     assert list(result.reads(4, 6)) == [
-        ByteRange(tensors[0].file, OFFSET + 16, OFFSET + 24),
-        ByteRange(tensors[1].file, OFFSET + 8, OFFSET + 12),
-        ByteRange(tensors[2].file, OFFSET + 8, OFFSET + 12),
+        ByteRange(tensors[0].file, OFFSET + 16, OFFSET + 24, "F32"),
+        ByteRange(tensors[1].file, OFFSET + 8, OFFSET + 12, "BF16"),
+        ByteRange(tensors[2].file, OFFSET + 8, OFFSET + 12, "F16"),
     ]
 
 

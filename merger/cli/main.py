@@ -3,6 +3,8 @@
 Verbs of higher floors join through the entry-point group `merger.verbs`.
 """
 
+import atexit
+import gc
 import signal
 import sys
 from difflib import get_close_matches
@@ -20,11 +22,25 @@ VERBS = {
     "run": "make the result of a recipe, going on where an earlier run stopped",
     "plan": "what a recipe would read, compute and write; no weight is read",
     "average": "average checkpoints without writing a recipe",
+    "upcycle": "make a mixture of experts out of a dense model",
+    "expand": "add layers that change nothing yet, to train them",
+    "evaluate": "how well models predict held-out data; recipes too, without writing their results",
+    "connect": "the loss on the straight line between models",
+    "ratatouille": "the fine-tunings of Model Ratatouille, listed or done",
     "inspect": "tensors, dtypes and sizes of a model, from its headers",
     "diff": "how far two checkpoints are apart, layer by layer",
     "verify": "check a checkpoint: files, checksums, finite values",
     "methods": "the methods, their fields, papers and examples",
+    "submit": "send a recipe to a job service",
+    "jobs": "list the jobs of a service",
+    "job": "one job: state, progress, result, error",
+    "watch": "follow a job until it has ended",
+    "logs": "what the runners of a job wrote",
+    "cancel": "stop a job",
+    "retry": "try an ended job again, after its finished shards",
 }
+# What the help says of verbs that other packages bring.
+HIGHER_VERBS = {"serve": "take jobs over HTTP: the API and a Ray cluster on this machine"}
 
 
 class _Verbs(click.Group):
@@ -47,7 +63,7 @@ class _Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        others = [(name, "") for name in self.list_commands(ctx) if name not in VERBS]
+        others = [(entry.name, HIGHER_VERBS.get(entry.name, "")) for entry in entry_points(group="merger.verbs")]
         with formatter.section("Verbs"):
             formatter.write_dl([*VERBS.items(), *others])
 
@@ -67,6 +83,7 @@ def merger_command() -> None:
 def main() -> NoReturn:
     """Run the command and exit: 0 done, 1 the job failed, 2 the request was wrong, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    atexit.register(gc.freeze)  # a process that ends looks through a million objects for garbage: half a second
     try:
         merger_command(prog_name="merger", standalone_mode=False)
     except MergerError as error:

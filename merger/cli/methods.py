@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -39,11 +41,29 @@ def _summary(method: type[Method]) -> str:
 
 
 def _describe(method: type[Method]) -> str:
-    fields = method.model_json_schema(by_alias=True)["properties"]
-    required = method.model_json_schema().get("required", [])
-    lines = [_summary(method), f"Source: {method.paper}", "", "Fields"]
-    for name, field in fields.items():
-        if name != "method":
-            default = "required" if name in required else f"default {json.dumps(field.get('default'))}"
-            lines += [f"  {name} ({default})", f"      {field.get('description', '')}"]
+    schema = method.model_json_schema(by_alias=True)
+    lines = [_summary(method), f"Source: {method.paper}", "", "Fields", *_fields(schema)]
+    for name, part in _parts(schema).items():
+        lines += ["", f"Fields of {name}: {part.get('description', '').splitlines()[0]}", *_fields(part)]
     return "\n".join([*lines, "", "Example", *(f"  {line}" for line in method.example.splitlines())])
+
+
+def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
+    for name, field in schema["properties"].items():
+        if name != "method":
+            known = field.get("const", field.get("default"))
+            default = "required" if name in schema.get("required", []) else f"default {json.dumps(known)}"
+            yield f"  {name} ({default})"
+            yield f"      {field.get('description', '')}"
+
+
+def _parts(schema: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What stands within fields and is no recipe, by the field and, where there are several, by its task."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, field in schema["properties"].items():
+        for key in dict.fromkeys(re.findall(r'"#/\$defs/(\w+)"', json.dumps(field))):
+            part = schema["$defs"][key]
+            task = part["properties"].get("task", {}).get("const")
+            if "method" not in part["properties"]:
+                found[f"{name} with task: {task}" if task else name] = part
+    return found

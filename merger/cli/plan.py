@@ -7,8 +7,10 @@ from typing import Any
 import click
 
 from merger.budget import Allotment
+from merger.checkpoint import root_of
 from merger.cli.run import with_output
 from merger.cli.terminal import gigabytes, running_options
+from merger.methods.method import is_open
 from merger.plan import Plan
 from merger.preflight import check_disk, free_space
 from merger.publish import check_free, finished_shards
@@ -30,8 +32,11 @@ def command(recipe: Path, changes: tuple[str, ...], output: str | None, as_json:
 
 
 def _check_output(document: Document, plan: Plan) -> int:
-    """The checks of the output folder, where the recipe names one; how many bytes of it are finished."""
-    if document.output.path is None:
+    """The checks of the output folder, where the recipe names one; how many bytes of it are finished.
+
+    Of a recipe that has choices to make the plan is not known before they are made.
+    """
+    if document.output.path is None or is_open(document.recipe):
         return 0
     output = output_of(document)
     check_free(output, plan)
@@ -58,6 +63,7 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
             for part in plan.checkpoint.parts
         ],
         "side_files": sorted(plan.checkpoint.side_files),
+        "claim": origin.says if (origin := root_of(plan.checkpoint)) else None,
         "warnings": list(plan.checkpoint.warnings),
         "notes": list(plan.checkpoint.notes),
     }
@@ -77,6 +83,7 @@ def _as_text(data: dict[str, Any]) -> str:
         "sources",
         *(_source_line(source) for source in data["sources"]),
     ]
+    lines += [f"result      {data['claim']}"] if data["claim"] else []
     lines += [f"warning     {warning}" for warning in data["warnings"]]
     lines += [f"note        {note}" for note in data["notes"]]
     return "\n".join(lines)

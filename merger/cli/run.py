@@ -1,13 +1,17 @@
 """`merger run`: make the result of a recipe."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
-from merger.cli.terminal import gigabytes, running_options, watching
-from merger.recipe import Document, read_document
+from merger.cli.terminal import F, gigabytes, running_options, watching
+from merger.errors import RecipeError
+from merger.recipe import Document, make_document, read_document
+from merger.report import recipe_text
 from merger.run import Options, Outcome, run
 
 
@@ -23,6 +27,42 @@ def command(recipe: Path, changes: tuple[str, ...], output: str | None, as_json:
     """
     document = read_document(recipe, with_output(changes, output))
     run_document(document, Options(**options), as_json=as_json)
+
+
+def result_options(command: F) -> F:
+    """The options of verbs that stand for a recipe."""
+    for option in reversed(
+        [
+            click.option("--field", "fields", multiple=True, metavar="FIELD=VALUE", help="Any other field."),
+            click.option("--dtype", help="The dtype of the result; that of the sources without."),
+            click.option("--shard-size", help="The most bytes of tensors in one file.  [default: 5GB]"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def fields_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The fields that `--field NAME=VALUE` gives. Raises RecipeError."""
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError("must look like field=value", where=f"--field {text}")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+def run_recipe(recipe: Mapping[str, Any], form: Mapping[str, Any], options: Options, *, as_json: bool) -> None:
+    """Run what flags have said, and print it as a recipe, to keep and to change."""
+    if form["path"] is None:
+        raise RecipeError("is missing", where="-o", remedy="Name the folder to make.")
+    output = {key: value for key, value in form.items() if value is not None}
+    whole = {**{key: value for key, value in recipe.items() if value is not None}, "output": output}
+    document = make_document(whole)
+    if not as_json:
+        click.echo(recipe_text(whole))
+    run_document(document, options, as_json=as_json)
 
 
 def with_output(changes: tuple[str, ...], output: str | None) -> list[str]:

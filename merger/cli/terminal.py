@@ -4,11 +4,12 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
@@ -41,6 +42,13 @@ def running_options(command: F) -> F:
             click.option("-o", "--output", metavar="FOLDER", help="The folder to make; overrides the recipe."),
             click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Memory for buffers."),
             click.option("--threads", type=click.IntRange(1, 256), help="Threads; twice the processors without."),
+            click.option(
+                "--parity",
+                type=click.Choice(["auto", "full", "layers", "off"]),
+                default="auto",
+                show_default=True,
+                help="How surgery is proven by logits: on whole models, on some layers, or as memory allows.",
+            ),
             click.option("--strict", is_flag=True, help="Refuse what would otherwise be a warning."),
             as_json,
         ]
@@ -57,11 +65,30 @@ def gigabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def byte_bar(*, disable: bool = False) -> RichProgress:
+    """A bar with bytes, speed and the time that is left, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    more = (TransferSpeedColumn(), TimeRemainingColumn())
+    return RichProgress(*columns, *more, console=Console(stderr=True), disable=disable)
+
+
 def watching(*, quiet: bool) -> "Bar | Lines | Silent":
     """A bar on a terminal, plain lines in a log, nothing where the output is JSON."""
     if quiet:
         return Silent()
     return Bar() if sys.stderr.isatty() else Lines()
+
+
+@contextlib.contextmanager
+def phases(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Somewhere to say what is being done: a spinner on a terminal, plain lines in a log, nowhere for JSON."""
+    if quiet:
+        yield lambda _text: None
+    elif sys.stderr.isatty():
+        with Console(stderr=True).status("starting") as status:
+            yield status.update
+    else:
+        yield _tell
 
 
 class Silent(Progress):
@@ -74,6 +101,9 @@ class Silent(Progress):
         pass
 
     def finished(self, receipt: Receipt) -> None:
+        pass
+
+    def phase(self, text: str) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -89,23 +119,18 @@ class Bar(Silent):
     """A bar with bytes, speed and the time that is left, on standard error."""
 
     def __init__(self) -> None:
-        from rich.console import Console  # noqa: PLC0415
-
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        self._bar = byte_bar()
+        self._task = self._bar.add_task("planning", total=None)
+        self._bar.start()
 
     def begin(self, total: int, done: int) -> None:
-        self._task = self._bar.add_task("writing", total=total, completed=done)
-        self._bar.start()
+        self._bar.update(self._task, description="writing", total=total, completed=done)
 
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
+
+    def phase(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
 
     def __exit__(self, *raised: Any) -> None:
         self._bar.stop()
@@ -140,6 +165,9 @@ class Lines(Silent):
 
     def finished(self, receipt: Receipt) -> None:
         _tell(f"finished {receipt.file}")
+
+    def phase(self, text: str) -> None:
+        _tell(text)
 
 
 def _tell(line: str) -> None:

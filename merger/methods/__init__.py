@@ -1,6 +1,12 @@
 """The families of methods. Importing this package makes every method known to `Method`."""
 
 from merger.methods import averaging as averaging
+from merger.methods import depth as depth
+from merger.methods import experts as experts
+from merger.methods import fine_tunes as fine_tunes
+from merger.methods import routing as routing
+from merger.methods import search as search
+from merger.methods import soups as soups
 from merger.methods.method import Method
 
 METHODS: dict[str, type[Method]] = dict(sorted(Method.by_name.items()))

@@ -15,6 +15,7 @@ from merger.architecture import (
     embedding_of,
     head_of,
     is_running_statistic,
+    labels_of,
     ties_embeddings,
     with_ties,
 )
@@ -46,6 +47,10 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
         parts=tuple(parts),
         notes=_unique([*_all_notes(checkpoints), *notes, *_notes_on_tensors(checkpoints)]),
         warnings=_unique([*(w for c in checkpoints for w in c.warnings), *_config_warnings(checkpoints)]),
+        kin=tuple(kin for checkpoint in checkpoints for kin in checkpoint.kin),
+        origin=None,  # no surgery that one of them went through describes the sum
+        optimizer={},
+        paragraphs=(),
     )
 
 
@@ -69,6 +74,7 @@ def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
                 where="config.json",
                 remedy="Only models of one architecture can be averaged.",
             )
+        _check_labels(first, other)
         problem = difference(first.side_files, other.side_files)
         if problem:
             raise IncompatibleSources(
@@ -76,6 +82,22 @@ def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
                 where="tokenizer",
                 remedy="Rows of the embedding would mix different tokens. Average models with one tokenizer.",
             )
+
+
+def _check_labels(first: Checkpoint, other: Checkpoint) -> None:
+    a, b = labels_of(first.config), labels_of(other.config)
+    if a is None or b is None or a == b:
+        return
+    if len(a) == len(b) and sorted(a) == sorted(b):
+        problem = f"the same labels in another order: {', '.join(a[:4])} in {first.label}, {', '.join(b[:4])} in"
+    else:
+        odd = sorted(set(a) ^ set(b), key=(*a, *b).index)[0]
+        problem = f"{len(a)} labels in {first.label} and {len(b)}, of which {odd!r} is not in both, in"
+    raise IncompatibleSources(
+        f"{problem} {other.label}",
+        where="config.json: id2label",
+        remedy="Rows of the classifier would mix different classes. Average models with one list of labels.",
+    )
 
 
 def _config_warnings(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -4,8 +4,9 @@ Knows the shape of recipes; reads nothing itself.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Union
 
 from pydantic import (
@@ -20,6 +21,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from merger.checkpoint import Checkpoint
+from merger.evaluation import Measured, Score
+from merger.stages import Training
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,71 @@ class Sources(ABC):
     @abstractmethod
     def open(self, member: Member) -> Checkpoint:
         """The checkpoint, its headers read. Raises SourceError."""
+
+    @abstractmethod
+    def admit(self, path: Path) -> None:
+        """See that a file of data may be read. Raises SourceError."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate, what it measured, and whether it was taken (None where that was not the question)."""
+
+    name: str
+    metrics: Mapping[str, float]
+    taken: bool | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice that scores have made: by which metric, what each model scores alone (or the recipe as it stands), and
+    what was tried in turn.
+    """
+
+    title: str
+    metric: str
+    alone: tuple[Tried, ...]
+    steps: tuple[Tried, ...]
+
+    @property
+    def taken(self) -> tuple[Tried, ...]:
+        """What was taken in the end."""
+        return tuple(tried for tried in (*self.alone, *self.steps) if tried.taken)
+
+
+class Judge(ABC):
+    """Whoever measures candidates, each a model's reference or a recipe."""
+
+    @abstractmethod
+    def score(self, candidate: "str | Method", evaluation: Measured, key: str | None = None) -> Score:
+        """The score of one; `key` where the caller knows better than its path what it is.
+
+        Raises RequestError and JobError.
+        """
+
+    def scores(self, candidates: "Sequence[str | Method]", evaluation: Measured) -> list[Score]:
+        """The scores of all, in their order."""
+        return [self.score(candidate, evaluation) for candidate in candidates]
+
+
+class Trainer(ABC):
+    """Whoever fine-tunes models."""
+
+    @abstractmethod
+    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+        """The auxiliary and the target models that a training describes, all finished.
+
+        Raises RequestError and JobError.
+        """
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a recipe may use before it is planned: to open models, to measure them, to train them."""
+
+    sources: Sources
+    judge: Judge
+    trainer: Trainer
 
 
 class Method(BaseModel, ABC):
@@ -81,6 +149,80 @@ class Method(BaseModel, ABC):
     def build(self, sources: Sources) -> Checkpoint:
         """The checkpoint that this recipe makes. Raises RequestError where it cannot be made."""
 
+    def folders(self) -> tuple[Path, ...]:
+        """Where this recipe, not those within it, writes something beside its result."""
+        return ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this recipe has models to train or choices to make before it can be planned."""
+        return bool(self.evaluations())
+
+    def evaluations(self) -> tuple[Measured, ...]:
+        """By what this recipe, not those within it, chooses."""
+        return ()
+
+    def chosen(self, _means: Means) -> "tuple[Method, tuple[Choice, ...]]":
+        """This recipe, not those within it, with its models trained and all choices made that scores decide.
+
+        Raises RequestError and JobError.
+        """
+        return self, ()
+
+
+def within(value: Any) -> "Iterator[Method]":
+    """The recipes in a field's value, those within them not."""
+    match value:
+        case Method():
+            yield value
+        case list() | tuple():
+            for part in value:
+                yield from within(part)
+        case BaseModel():
+            for name in type(value).model_fields:
+                yield from within(getattr(value, name))
+
+
+def all_of(recipe: Method) -> Iterator[Method]:
+    """A recipe and all within it."""
+    yield recipe
+    for name in type(recipe).model_fields:
+        for inner in within(getattr(recipe, name)):
+            yield from all_of(inner)
+
+
+def all_evaluations(recipe: Method) -> Iterator[Measured]:
+    """By what a recipe and those within it choose."""
+    return (evaluation for part in all_of(recipe) for evaluation in part.evaluations())
+
+
+def is_open(recipe: Method) -> bool:
+    """Whether a recipe, or one within it, has models to train or choices to make before it can be planned."""
+    return any(part.is_open for part in all_of(recipe))
+
+
+def settled(recipe: Method, means: Means) -> tuple[Method, tuple[Choice, ...]]:
+    """A recipe with all choices made, those of the recipes within it first. Raises RequestError and JobError."""
+    choices: list[Choice] = []
+
+    def settle(value: Any) -> Any:
+        match value:
+            case Method():
+                made, found = settled(value, means)
+                choices.extend(found)
+                return made
+            case list():
+                return [settle(part) for part in value]
+            case BaseModel() if any(within(value)):
+                return value.model_copy(update={n: settle(getattr(value, n)) for n in type(value).model_fields})
+        return value
+
+    if not is_open(recipe):
+        return recipe, ()
+    inner = recipe.model_copy(update={name: settle(getattr(recipe, name)) for name in type(recipe).model_fields})
+    outer, found = inner.chosen(means)
+    return outer, (*choices, *found)
+
 
 def _kind_of_source(value: Any) -> str:
     return "reference" if isinstance(value, str) else "recipe"
@@ -99,3 +241,9 @@ Checkpoints = Annotated[
     Union[Annotated[str, Tag("pattern")], Annotated[list[Source], Tag("list")]],  # noqa: UP007
     Discriminator(_kind_of_checkpoints),
 ]
+
+
+def open_source(sources: Sources, source: "str | Method") -> Checkpoint:
+    """The one checkpoint that a reference or a recipe names. Raises RequestError."""
+    [member] = sources.members([source])
+    return sources.open(member)

@@ -27,7 +27,7 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-NOT_SIDE_FILES = ("config.json", "*.index.json", "trainer_state.json", "merger.json", "*.py")
+NOT_SIDE_FILES = ("config.json", "*.index.json", "trainer_state.json", "merger.json", "stage.json", "*.py")
 TRAINING_STATE = (
     "optimizer*",
     "scheduler.pt",
@@ -36,6 +36,7 @@ TRAINING_STATE = (
     "training_args.bin",
     "scaler.pt",
 )
+OPTIMIZER = "optimizer.safetensors"
 MAX_SIDE_FILE = 256 << 20  # bytes
 
 
@@ -59,6 +60,7 @@ class ModelFolder:
     config: Mapping[str, Any] | None
     side_files: Mapping[str, Path]
     training_state: tuple[str, ...]  # names of files that belong to the training and are left alone
+    optimizer: WeightFile | None = None  # moments that can be carried along
 
 
 def open_folder(path: Path) -> ModelFolder:
@@ -81,7 +83,8 @@ def open_folder(path: Path) -> ModelFolder:
     _check_unique(files)
     if index and weight_map:
         _check_index(index, weight_map, files)
-    return ModelFolder(path, files, read_config(path), _side_files(path), _training_state(path))
+    optimizer = _weight_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else None
+    return ModelFolder(path, files, read_config(path), _side_files(path), _training_state(path), optimizer)
 
 
 def _weight_file(path: Path) -> WeightFile:
@@ -108,7 +111,7 @@ def _index_of(folder: Path) -> Path | None:
 
 def _only_weights(folder: Path) -> str:
     """The name of the file that holds all weights."""
-    singles = sorted(path.name for path in folder.glob("*.safetensors"))
+    singles = sorted(path.name for path in folder.glob("*.safetensors") if path.name != OPTIMIZER)
     if "model.safetensors" in singles:
         return "model.safetensors"
     if len(singles) == 1:

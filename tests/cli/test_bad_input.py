@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -229,3 +230,38 @@ def test_a_disk_that_will_be_too_small(models):
         refused(models, "disk/out: the result needs 4", "the disk has", "Free some space", options=("-o", "disk/out"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- surgery ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"method": "upcycle", "experts": 4, "experts_per_token": 5}, "5 is more than the 4 experts"),
+        ({"method": "upcycle", "expansion": 2, "granularity": 5}, "5 does not divide d_ff 64"),
+        ({"method": "upcycle", "experts": 4, "router": "zero"}, "a router of zeros ties all experts"),
+        ({"method": "upcycle", "experts": 4, "target": "phimoe"}, "llama cannot become phimoe"),
+        ({"method": "expand", "groups": 3}, "3 does not divide the 2 layers"),
+        ({"method": "stack", "slices": [{"source": "dense", "layers": "0-2"}]}, "2 is no layer"),
+    ],
+)
+def test_surgery_that_cannot_be_done(tmp_path, llama_run, recipe, says):
+    shutil.copytree(llama_run() / "step-300", tmp_path / "dense")
+    source = {} if "slices" in recipe else {"source": "dense"}
+    refused(tmp_path, says, recipe={**recipe, **source, "output": {"path": "out"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
+        ({"model_type": "gpt2"}, "its MLP is not gated"),
+    ],
+)
+def test_models_that_cannot_be_upcycled(tmp_path, llama_run, change, says):
+    shutil.copytree(llama_run() / "step-300", tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, **change}))
+    refused(tmp_path, says, recipe={"method": "upcycle", "source": "dense", "experts": 4, "output": {"path": "out"}})

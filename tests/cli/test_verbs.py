@@ -193,3 +193,22 @@ def test_diff_measures_layer_by_layer_and_draws(run_folder):
     shown = merger("diff", a, run_folder / "more", "--tensors").output
     assert "only in b: only.here" in shown
     assert "total" in shown
+
+
+def test_upcycle_and_expand_print_their_recipe_and_prove_it(tmp_path, llama_run):
+    source = llama_run() / "step-300"
+    for verb, flags in (("upcycle", ["--experts", 4]), ("expand", ["--groups", 2])):
+        done = merger(verb, source, *flags, "-o", tmp_path / verb)
+        assert done.exit_code == 0, done.output
+        assert f"method: {verb}" in done.output
+        assert "passed  parity: logits" in done.output
+        checked = merger("verify", tmp_path / verb, "--load", "--parity")
+        assert checked.exit_code == 0, checked.output
+        assert checked.output.count("passed  parity") == 1
+
+
+def test_parity_of_what_is_no_surgery_is_refused(tmp_path, llama_run):
+    source = llama_run() / "step-300"
+    assert "it is not a result of merger" in str(merger("verify", source, "--parity").exception)
+    assert merger("average", source, "-o", tmp_path / "out").exit_code == 0
+    assert "is no result of surgery" in str(merger("verify", tmp_path / "out", "--parity").exception)

@@ -1,0 +1,125 @@
+"""Values that are drawn at random. Knows distributions; knows nothing of models.
+
+Numbers follow from a key and an element's index (`merger.noise`), so they are the same whoever draws them, in any
+order.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merger.expression import ByteRange, Evaluate, Expression, Fetch, Made, Measure, Stored
+from merger.kernels import Bytes, add_moments, weighted_sum
+from merger.noise import Key, normal
+
+_BLOCK = 1 << 18  # elements
+
+Mask = NDArray[np.bool_]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Noise(Made):
+    """Standard normal numbers of a key, from the number `first` on, in float64: a term of sums."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    key: Key
+    first: int = 0
+
+    def memory(self, elements: int) -> int:
+        return 8 * elements
+
+    def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
+        return normal(self.key, self.first + start, stop - start)
+
+
+def noise(shape: tuple[int, ...], key: Key) -> Noise:
+    """Standard normal numbers of a shape."""
+    return Noise("F64", shape, key)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments(Measure):
+    """Mean and standard deviation (of the population) of the rows (axis 0) or columns (axis 1) of a matrix that a mask
+    chooses, in float64; compared by identity.
+    """
+
+    of: Expression
+    chosen: Mask
+    axis: int
+
+    def compute(self, evaluate: Evaluate) -> tuple[float, ...]:
+        width = self.of.shape[1]
+        count = int(self.chosen.sum()) * self.of.shape[1 - self.axis]
+        if not count:
+            return 0.0, 0.0
+        totals = np.zeros(2)
+        for start in range(0, self.of.size, _BLOCK):
+            stop = min(start + _BLOCK, self.of.size)
+            add_moments(evaluate(start, stop), self.of.dtype, _mask(self.chosen, self.axis, width, start, stop), totals)
+        mean = float(totals[0]) / count
+        variance = float(totals[1]) / count - mean * mean
+        return mean, max(0.0, variance) ** 0.5
+
+
+def _mask(chosen: Mask, axis: int, width: int, start: int, stop: int) -> Mask:
+    """The mask of elements `start` to `stop` of a matrix, of which rows or columns are chosen."""
+    index = np.arange(start, stop)
+    return chosen[index // width if axis == 0 else index % width]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Redrawn(Expression):
+    """A matrix of which some rows or columns are drawn anew, from a normal distribution with the mean and the standard
+    deviation of what stood there (Drop-Upcycling, arXiv 2502.19261, section 3); compared by identity.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    kept: Expression
+    moments: Moments
+    noise: Noise
+    found: tuple[float, ...] | None = None  # mean and standard deviation, once they are measured
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.kept.leaves()
+
+    def reads(self, start: int, stop: int) -> Iterator[ByteRange]:
+        return self.kept.reads(start, stop)
+
+    def memory(self, elements: int) -> int:
+        return self.kept.memory(elements) + elements * (3 * 8 + 1 + 2 * self.itemsize)
+
+    def measures(self) -> Iterator[Measure]:
+        if self.found is None:
+            yield self.moments
+
+    def measured(self, found: Mapping[Measure, tuple[float, ...]]) -> Expression:
+        return self if self.found is not None else replace(self, found=found[self.moments])
+
+    def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
+        if self.found is None:
+            raise ValueError("was not measured")
+        mean, deviation = self.found
+        numbers = self.noise.values(start, stop, fetch)
+        centre = np.full(stop - start, mean).view(np.uint8)
+        drawn = np.empty((stop - start) * self.itemsize, np.uint8)
+        weighted_sum([(deviation, numbers, "F64"), (1.0, centre, "F64")], drawn, self.dtype)
+        mask = _mask(self.moments.chosen, self.moments.axis, self.shape[1], start, stop)
+        kept = self.kept.values(start, stop, fetch)
+        element: Any = f"V{self.itemsize}"
+        result: Bytes = np.where(mask, drawn.view(element), kept.view(element)).view(np.uint8)
+        return result
+
+
+def redrawn(kept: Expression, chosen: Mask, axis: int, key: Key) -> Expression:
+    """The matrix with the chosen rows (axis 0) or columns (axis 1) drawn anew; itself where none is chosen."""
+    if not chosen.any():
+        return kept
+    return Redrawn(kept.dtype, kept.shape, kept, Moments(kept, chosen, axis), noise(kept.shape, key))

@@ -1,0 +1,155 @@
+"""Trains the stages of a recipe on this machine, several at once. Knows processes and folders; knows nothing of torch.
+
+A stage whose folder holds its finished model is not trained again; one that was interrupted goes on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from merger.errors import JobError
+from merger.judging import Tell, check_installed, error_of, key_of_model
+from merger.methods.method import Sources, Trainer
+from merger.stages import FINISHED, Stage, Training, labels_of_data, stages_of
+
+
+@dataclass(frozen=True)
+class Order:
+    """A stage with everything that a process needs to train it: where its weights come from and where it goes."""
+
+    stage: Stage
+    bodies: tuple[tuple[str, float], ...]
+    head: str | None
+    folder: Path
+    key: str
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds the finished model of this very stage."""
+        try:
+            return bool(json.loads((self.folder / FINISHED).read_text())["key"] == self.key)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def orders_of(training: Training, base: str, sources: Sources) -> list[Order]:
+    """Every stage with its folder and digest, each after those that it needs. Raises RequestError."""
+    data = {*training.auxiliary.values(), training.target}
+    labels = {path: labels_of_data(path) for path in data} if training.task == "classification" else {}
+    keys, folders = {base: key_of_model(base, sources)}, {base: base}
+    orders = []
+    for stage in stages_of(training, base, labels):
+        folder = Path(training.folder).expanduser() / stage.name
+        key = stage.key(keys)
+        keys[stage.name], folders[stage.name] = key, str(folder)
+        bodies = tuple((folders[name], weight) for name, weight in stage.bodies)
+        orders.append(Order(stage, bodies, stage.head and folders[stage.head], folder, key))
+    return orders
+
+
+def needs(order: Order) -> set[str]:
+    """The folders that must be finished before a stage can begin."""
+    return {*(body for body, _ in order.bodies), *([order.head] if order.head else [])}
+
+
+class LocalTrainer(Trainer):
+    """Trains in processes of one thread each, as many as there are processors: the same model on any machine's number
+    of them.
+    """
+
+    def __init__(self, sources: Sources, tell: Tell, roots: Sequence[Path] = ()) -> None:
+        self._sources, self._tell = sources, tell
+        self._roots = [str(root) for root in roots]
+
+    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+        check_installed()
+        orders = orders_of(training, base, self._sources)
+        in_order(orders, self._train, os.cpu_count() or 1)
+        return models_of(training, orders)
+
+    def _train(self, order: Order, stopped: threading.Event) -> None:
+        self._tell(f"training {order.stage.name}")
+        train_apart(order, self._roots, self._tell, stopped)
+
+
+def models_of(training: Training, orders: Sequence[Order]) -> tuple[list[str], list[str]]:
+    """The folders of the auxiliary models and of the targets."""
+    names = {f"auxiliary-{name}" for name in training.auxiliary}
+    auxiliary = [str(order.folder) for order in orders if order.stage.name in names]
+    return auxiliary, [str(order.folder) for order in orders[-training.runs :]]
+
+
+def in_order(orders: Sequence[Order], train: Any, at_once: int) -> None:
+    """Train every stage that is not finished, `at_once` at a time, each after those that it needs.
+
+    Raises what the first that fails raised; the others are stopped.
+    """
+    waiting = [order for order in orders if not order.is_finished()]
+    unfinished = {str(order.folder) for order in waiting}
+    stopped = threading.Event()
+    running: dict[Future[None], str] = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            while waiting or running:
+                for order in [order for order in waiting if not needs(order) & unfinished]:
+                    running[pool.submit(train, order, stopped)] = str(order.folder)
+                    waiting.remove(order)
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    unfinished.discard(running.pop(future))
+        except BaseException:
+            stopped.set()
+            raise
+
+
+def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> None:
+    """Train one stage in a process of its own. Raises what it tells, and JobError where it dies."""
+    request = {
+        "stage": asdict(order.stage),
+        "bodies": order.bodies,
+        "head": order.head,
+        "folder": str(order.folder),
+        "key": order.key,
+        "threads": threads,
+        "roots": list(roots),
+    }
+    with tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "merger.training"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        with process:
+            threading.Thread(target=_kill_when, args=(stopped, process), daemon=True).start()
+            assert process.stdin
+            assert process.stdout
+            print(json.dumps(request), file=process.stdin, flush=True)
+            for line in process.stdout:
+                answer: Mapping[str, Any] = json.loads(line)
+                if "error" in answer:
+                    raise error_of(answer["error"])
+                if "finished" in answer:
+                    return
+                if answer["done"] == answer["total"] or answer["done"] % 50 == 0:
+                    tell(f"{order.stage.name}: step {answer['done']} of {answer['total']}, loss {answer['loss']:.4f}")
+        complaints.seek(0)
+        words = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise JobError(f"the process that trains {order.stage.name} has died: {words}")
+
+
+def _kill_when(stopped: threading.Event, process: "subprocess.Popen[str]") -> None:
+    while process.poll() is None:
+        if stopped.wait(0.5):
+            process.kill()
+            return

@@ -1,0 +1,182 @@
+"""Averages of fine-tunes, chosen by what they score where the recipe asks for it.
+
+Knows which models enter and in what order they are tried; measures nothing itself.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from merger.checkpoint import Checkpoint
+from merger.errors import SourceError, UnsupportedModel
+from merger.evaluation import Chooser, Measured
+from merger.methods.fine_tunes import check_function, sum_of_fine_tunes
+from merger.methods.method import Checkpoints, Choice, Judge, Means, Method, Source, Sources, Tried, open_source
+from merger.stages import Training
+
+
+class Selecting(Method):
+    """The mean of models of which some may be left out."""
+
+    selection: Literal["uniform", "greedy"] = Field(
+        default="uniform",
+        description="uniform: all. greedy: from the best on, each that leaves the mean at least as good (`>=`).",
+    )
+    select_on: Chooser | None = Field(
+        default=None, description="By what greedy chooses: held-out data, others than those of `evaluate`."
+    )
+
+    #: The field that holds the models.
+    candidates: ClassVar[str] = "models"
+
+    @model_validator(mode="after")
+    def _data_to_choose_by(self) -> Self:
+        if self.selection != "uniform" and self.select_on is None:
+            raise ValueError(f"selection: {self.selection} chooses by a score: say in `select_on` by which")
+        return self
+
+    def evaluations(self) -> tuple[Measured, ...]:
+        return (self.select_on,) if self.select_on and self.selection != "uniform" else ()
+
+    def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
+        if not self.evaluations() or self.select_on is None:
+            return self, ()
+        models = [member.origin for member in means.sources.members(getattr(self, self.candidates))]
+        kept, choice = greedy(models, self.select_on, means.judge)
+        return self.model_copy(update={self.candidates: kept, "selection": "uniform", "select_on": None}), (choice,)
+
+    def mean(self, models: Sequence[Checkpoint], base: Checkpoint | None = None) -> Checkpoint:
+        """The mean of all; where some will be left out, the plan says that it is not known yet which."""
+        made = sum_of_fine_tunes(models, [1.0 / len(models)] * len(models), base)
+        if not self.evaluations():
+            return made
+        return made.noting(f"this is the mean of all {len(models)}: which of them enter is chosen by score in the run")
+
+
+def greedy(models: Sequence[str | Method], evaluation: Measured, judge: Judge) -> tuple[list[str | Method], Choice]:
+    """The models whose mean scores best when they are added from the best on, each kept where the mean does not get
+    worse (section 2 of the paper: `>=`; its published code has `>`). Equal scores keep the order of the recipe, and so
+    do the models that are kept.
+    """
+    alone = judge.scores(list(models), evaluation)
+    values = [score.metrics[evaluation.by] for score in alone]
+    order = sorted(range(len(values)), key=lambda i: (values[i] if evaluation.lower_is_better else -values[i], i))
+    kept, best = [order[0]], values[order[0]]
+    steps = [Tried(_label(models[order[0]]), alone[order[0]].metrics, True)]
+    for i in order[1:]:
+        candidate = Soup(models=[models[j] for j in sorted([*kept, i])])
+        [score] = judge.scores([candidate], evaluation)
+        value = score.metrics[evaluation.by]
+        accepted = not evaluation.better(best, value)
+        steps.append(Tried(f"+ {_label(models[i])}", score.metrics, accepted))
+        if accepted:
+            kept, best = sorted([*kept, i]), value
+    singles = [Tried(_label(model), score.metrics) for model, score in zip(models, alone, strict=True)]
+    return [models[i] for i in kept], Choice("greedy soup", evaluation.by, tuple(singles), tuple(steps))
+
+
+def _label(model: str | Method) -> str:
+    return model if isinstance(model, str) else f"({model.method})"
+
+
+# ---- the methods --------------------------------------------------------------------------------------
+
+
+class Soup(Selecting):
+    """The mean of fine-tunes of one model: of all of them, or of those that do not lower the score (greedy)."""
+
+    method: Literal["soup"] = "soup"
+    models: Checkpoints = Field(description="The fine-tunes: a pattern or a list.")
+
+    paper: ClassVar[str] = "Model soups, arXiv 2203.05482"
+    example: ClassVar[str] = (
+        "method: soup\nmodels: runs/tuned-*\nselection: greedy\n"
+        "select_on: {task: text, data: data/validation.txt}\noutput: {path: out/soup}"
+    )
+
+    def build(self, sources: Sources) -> Checkpoint:
+        return self.mean([sources.open(member) for member in sources.members(self.models)])
+
+
+class Ratatouille(Selecting):
+    """Model Ratatouille: the mean of target fine-tunes that started from different auxiliary fine-tunes of one base."""
+
+    method: Literal["ratatouille"] = "ratatouille"
+    base: Source = Field(description="The pre-trained model that everything started from.")
+    auxiliary: Checkpoints = Field(default=[], description="Fine-tunes of the base on auxiliary tasks; none is DiWA.")
+    targets: Checkpoints = Field(
+        default=[],
+        description="Fine-tunes on the target task; run s starts from pool[s mod (n+1)], where 0 is the base.",
+    )
+    training: Training | None = Field(
+        default=None, description="Instead of `auxiliary` and `targets`: the data of the tasks, to train them from."
+    )
+
+    paper: ClassVar[str] = "Model Ratatouille, arXiv 2212.10445"
+    example: ClassVar[str] = (
+        "method: ratatouille\nbase: models/base\nauxiliary: runs/auxiliary-*\ntargets: runs/target-*\n"
+        "output: {path: out/ratatouille}"
+    )
+    candidates: ClassVar[str] = "targets"
+
+    @model_validator(mode="after")
+    def _models_or_data(self) -> Self:
+        if bool(self.targets) == bool(self.training):
+            raise ValueError("needs either `targets`, models, or `training`, data to make them from")
+        if self.training and (self.auxiliary or not isinstance(self.base, str)):
+            raise ValueError("`training` makes the auxiliary models itself, from a base that is a stored model")
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        return super().is_open or self.training is not None
+
+    def folders(self) -> tuple[Path, ...]:
+        return (Path(self.training.folder).expanduser(),) if self.training else ()
+
+    def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
+        if self.training is None or not isinstance(self.base, str):
+            return super().chosen(means)
+        auxiliary, targets = means.trainer.trained(self.training, self.base)
+        made = self.model_copy(update={"auxiliary": auxiliary, "targets": targets, "training": None})
+        return made.chosen(means)
+
+    def build(self, sources: Sources) -> Checkpoint:
+        base = open_source(sources, self.base)
+        if self.training:
+            for path in self.training.files:
+                sources.admit(path)
+                if not path.is_file():
+                    raise SourceError("is not there", where=str(path), remedy="Give the path of the data to train on.")
+            return base.noting(f"{self.training.runs} targets will be trained from it first, and averaged")
+        auxiliary = [sources.open(member) for member in sources.members(self.auxiliary)] if self.auxiliary else []
+        for model in auxiliary:
+            check_function(base, model)
+        return self.mean([sources.open(member) for member in sources.members(self.targets)], base)
+
+
+_REWARD_HEAD = re.compile(r"(^|\.)(score|classifier|reward_head|v_head|value_head)\b")
+
+
+class Warm(Selecting):
+    """WARM: the mean of reward models that were trained from one supervised model with one head."""
+
+    method: Literal["warm"] = "warm"
+    models: Checkpoints = Field(description="The reward models: a pattern or a list.")
+
+    paper: ClassVar[str] = "WARM: on the benefits of weight averaged reward models, arXiv 2401.12187"
+    example: ClassVar[str] = "method: warm\nmodels: runs/reward-*\noutput: {path: out/warm}"
+
+    def build(self, sources: Sources) -> Checkpoint:
+        models = [sources.open(member) for member in sources.members(self.models)]
+        for model in models:
+            if not any(_REWARD_HEAD.search(name) for name in model.tensors):
+                raise UnsupportedModel(
+                    "has no head that gives a reward (score, classifier, v_head)",
+                    where=model.label,
+                    remedy="WARM averages reward models with their heads; for other models use `soup`.",
+                )
+        return self.mean(models)

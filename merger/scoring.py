@@ -1,0 +1,286 @@
+"""Measures models: `python -m merger.scoring` answers requests, one a line of JSON on standard input.
+
+A process of its own, because torch and a model need memory that the caller should not keep. A model need not lie on
+disk: what a recipe describes is made in memory and handed to transformers. Knows transformers and what an item is;
+knows nothing of plans or of what scores are used for.
+"""
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from merger.apart import requests
+from merger.budget import free_memory
+from merger.checkpoint import Checkpoint
+from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceError, UnsupportedModel
+from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Score, Text
+from merger.loading import Loaded, load
+from merger.methods.method import Method
+from merger.rows import field_of, ids_of, rows_of
+from merger.sizes import parameters
+from merger.sources import LocalSources, Roots
+
+Say = Callable[[int, int], None]
+
+
+# ---- items --------------------------------------------------------------------------------------------
+
+Item = tuple[int, tuple[int, ...]]  # its place in the data, its tokens
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Items of one length together, longest first: nothing is padded, so no mask can change a figure."""
+    ordered = sorted(items, key=lambda item: (-len(item[1]), item[0]))
+    for _, group in groupby(ordered, key=lambda item: len(item[1])):
+        same = list(group)
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def _computed(
+    loaded: Loaded, items: Sequence[Item], size: int, say: Say
+) -> Iterator[tuple[list[Item], torch.Tensor, Any]]:
+    """Each batch with its tokens and the model's logits for them, in float64 on the CPU."""
+    done = 0
+    with torch.inference_mode():
+        for batch in _batches(items, size):
+            tokens = torch.tensor([ids for _, ids in batch], device=loaded.device)
+            logits = loaded.model(input_ids=tokens).logits
+            yield batch, tokens, logits.double()
+            done += len(batch)
+            say(done, len(items))
+
+
+# ---- tasks --------------------------------------------------------------------------------------------
+
+
+def text(evaluation: Text, loaded: Loaded, say: Say) -> Score:
+    """Nats of every token but the first of its window, given those before it in the window."""
+    windows, sizes = _windows(evaluation, loaded)
+    nats = [0.0] * len(windows)
+    for batch, tokens, logits in _computed(loaded, list(enumerate(windows)), evaluation.batch_size, say):
+        losses = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").sum(1)
+        for (place, _), loss in zip(batch, losses.tolist(), strict=True):
+            nats[place] = loss
+    tokens_of = tuple(float(len(window) - 1) for window in windows)
+    loss = math.fsum(nats) / sum(tokens_of)
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    known = [size for size in sizes if size is not None]
+    total = sum(known)
+    if len(known) == len(sizes) and total > 0:
+        metrics["bits_per_byte"] = math.fsum(nats) / math.log(2) / total
+    return Score(metrics, "tokens", tuple(nats), tokens_of)
+
+
+def _windows(evaluation: Text, loaded: Loaded) -> tuple[list[tuple[int, ...]], list[int | None]]:
+    """Windows of tokens, none across two texts, and the bytes of text that each of them predicts (None: not known)."""
+    windows: list[tuple[int, ...]] = []
+    sizes: list[int | None] = []
+    limit = evaluation.limit or sys.maxsize
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or evaluation.context
+    context = min(evaluation.context, longest)
+    for where, row in rows_of(evaluation.files, evaluation.field):
+        ids, spans, content = _encoded(evaluation, loaded, row, where)
+        for at in range(0, len(ids) - 1, context):
+            window = tuple(ids[at : at + context])
+            if len(windows) == limit:
+                return windows, sizes
+            if len(window) > 1:
+                windows.append(window)
+                sizes.append(_bytes_after_first(content, spans[at : at + len(window)]))
+    if not windows:
+        raise SourceError("holds no text of two tokens or more", where=", ".join(evaluation.data))
+    return windows, sizes
+
+
+def _bytes_after_first(text: str, spans: Sequence[tuple[int, int]]) -> int | None:
+    """Bytes of the text behind all tokens but the first. Special tokens stand for no characters: (0, 0)."""
+    if not spans:
+        return None
+    first = spans[0][1]
+    return len(text[first : max(first, *(stop for _, stop in spans))].encode())
+
+
+def _encoded(
+    evaluation: Text, loaded: Loaded, row: Mapping[str, Any], where: str
+) -> tuple[list[int], list[tuple[int, int]], str]:
+    """Tokens, the characters that each stands for (none where that is not known), and the text."""
+    if loaded.tokenizer is None or not loaded.tokenizer.is_fast or "input_ids" in row:
+        return ids_of(loaded.tokenizer, row, evaluation.field, where), [], ""
+    content = str(field_of(row, evaluation.field, where))
+    encoded = loaded.tokenizer(content, verbose=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"]), content
+
+
+def classification(evaluation: Classification, loaded: Loaded, say: Say) -> Score:
+    """Whether the largest logit is that of the label, for every example."""
+    items: list[Item] = []
+    labels: list[int] = []
+    for where, row in rows_of(evaluation.files):
+        if len(items) == (evaluation.limit or sys.maxsize):
+            break
+        labels.append(_label(loaded, field_of(row, "label", where), where))
+        items.append((len(items), tuple(ids_of(loaded.tokenizer, row, "text", where))))
+    _some(items, evaluation)
+    hits, nats = [0.0] * len(items), [0.0] * len(items)
+    for batch, _, logits in _computed(loaded, items, evaluation.batch_size, say):
+        wanted = torch.tensor([labels[place] for place, _ in batch], device=logits.device)
+        right = (logits.argmax(1) == wanted).tolist()
+        losses = cross_entropy(logits, wanted, reduction="none").tolist()
+        for (place, _), hit, loss in zip(batch, right, losses, strict=True):
+            hits[place], nats[place] = float(hit), loss
+    return _of_examples(hits, nats, "examples")
+
+
+def _label(loaded: Loaded, label: Any, where: str) -> int:
+    """The number of a label, which may be given by its name. Raises SourceError."""
+    known = {str(name): int(number) for name, number in (loaded.model.config.label2id or {}).items()}
+    number = label if isinstance(label, int) else known.get(str(label))
+    if number is None or not 0 <= number < loaded.model.config.num_labels:
+        raise SourceError(f"{label!r} is none of the model's labels {', '.join(known)}", where=where)
+    return number
+
+
+def preferences(evaluation: Preferences, loaded: Loaded, say: Say) -> Score:
+    """Whether the chosen answer has the larger reward, for every pair; equal rewards count half.
+
+    `loss` is that of Bradley and Terry, -log sigmoid(chosen - rejected).
+    """
+    items: list[Item] = []
+    for where, row in rows_of(evaluation.files):
+        if len(items) == 2 * (evaluation.limit or sys.maxsize):
+            break
+        prompt = str(row.get("prompt", ""))
+        for name in ("chosen", "rejected"):
+            value = field_of(row, name, where)
+            full = {**row, name: value if isinstance(value, list) else prompt + str(value)}
+            items.append((len(items), tuple(ids_of(loaded.tokenizer, full, name, where))))
+    _some(items, evaluation)
+    rewards = [0.0] * len(items)
+    for batch, _, logits in _computed(loaded, items, evaluation.batch_size, say):
+        if logits.shape[1] != 1:
+            raise UnsupportedModel(f"has {logits.shape[1]} labels; a reward model has one", where="num_labels")
+        for (place, _), reward in zip(batch, logits[:, 0].tolist(), strict=True):
+            rewards[place] = reward
+    margins = [a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
+    nats = (-logsigmoid(torch.tensor(margins, dtype=torch.float64))).tolist()
+    return _of_examples([0.5 if m == 0 else float(m > 0) for m in margins], nats, "pairs")
+
+
+def _some(items: Sequence[Item], evaluation: Classification | Preferences) -> None:
+    if not items:
+        raise SourceError("holds no rows", where=", ".join(evaluation.data))
+
+
+def _of_examples(hits: Sequence[float], nats: Sequence[float], unit: str) -> Score:
+    metrics = {"accuracy": math.fsum(hits) / len(hits), "loss": math.fsum(nats) / len(nats)}
+    return Score(metrics, unit, tuple(hits), (1.0,) * len(hits))
+
+
+def harness(evaluation: Harness, loaded: Loaded, _say: Say) -> Score:
+    """What lm-evaluation-harness makes of the model."""
+    try:
+        from lm_eval import simple_evaluate  # noqa: PLC0415
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+    except ImportError as error:
+        raise NotInstalled(f"the harness is not installed: {error}", remedy="pip install 'merger[harness]'") from error
+    found = simple_evaluate(
+        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=evaluation.batch_size),
+        tasks=list(evaluation.tasks),
+        num_fewshot=evaluation.num_fewshot,
+        limit=evaluation.limit,
+        task_manager=TaskManager(include_path=evaluation.include_path),
+        bootstrap_iters=0,
+    )
+    metrics = {
+        f"{task}/{name.removesuffix(',none')}": float(value)
+        for task, row in found["results"].items()
+        for name, value in row.items()
+        if isinstance(value, int | float) and "stderr" not in name
+    }
+    if evaluation.by not in metrics:
+        raise SourceError(f"{evaluation.by} was not measured; there are {', '.join(metrics)}", where="metric")
+    ordered = {evaluation.by: metrics.pop(evaluation.by), **metrics}
+    return Score(ordered, "tasks", (ordered[evaluation.by],), (1.0,))
+
+
+# ---- requests -----------------------------------------------------------------------------------------
+
+_KINDS = {
+    "text": "AutoModelForCausalLM",
+    "harness": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "preferences": "AutoModelForSequenceClassification",
+}
+
+
+def score(checkpoint: Checkpoint, evaluation: Measured, say: Say = lambda _done, _total: None) -> Score:
+    """What an evaluation says of a checkpoint. Raises RequestError."""
+    task = getattr(evaluation, "task")  # noqa: B009
+    _check_memory(checkpoint)
+    loaded = load(checkpoint, _KINDS[task], evaluation.dtype, evaluation.device)
+    match evaluation:
+        case Text():
+            return text(evaluation, loaded, say)
+        case Classification():
+            return classification(evaluation, loaded, say)
+        case Preferences():
+            return preferences(evaluation, loaded, say)
+        case Harness():
+            return harness(evaluation, loaded, say)
+    raise ValueError(f"no task {task!r}")
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    """A model is in memory in float32, and while it loads once more as it is stored. Raises NotEnoughMemory."""
+    needed = 4 * parameters(checkpoint) + sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    free = free_memory()
+    if needed > free:
+        raise NotEnoughMemory(
+            f"to measure it takes {needed:,} bytes of memory, {free:,} are free",
+            where=checkpoint.label,
+            remedy="Measure it on a machine with more.",
+        )
+
+
+_EVALUATION: TypeAdapter[Measured] = TypeAdapter(Evaluation)
+
+
+def _answers(requests: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in requests:
+        request = json.loads(line)
+        sources = LocalSources(Roots(map(Path, request["roots"])))
+        try:
+            source = request["source"]
+            recipe = source if isinstance(source, str) else Method.model_validate(source)
+            [member] = sources.members([recipe])
+            found = score(sources.open(member), _EVALUATION.validate_python(request["evaluation"]), _tell)
+            yield {"score": asdict(found)}
+        except MergerError as error:
+            told = {"message": error.message, "where": error.where, "remedy": error.remedy}
+            yield {"error": {"kind": type(error).__name__, **told}}
+        gc.collect()
+
+
+def _tell(done: int, total: int) -> None:
+    _send({"done": done, "total": total})
+
+
+def _send(answer: Mapping[str, Any]) -> None:
+    print(json.dumps(answer), file=_ANSWERS, flush=True)
+
+
+if __name__ == "__main__":
+    _ANSWERS, sys.stdout = sys.stdout, sys.stderr  # libraries may print what they like
+    for answer in _answers(requests()):
+        _send(answer)

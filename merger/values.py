@@ -1,0 +1,44 @@
+"""The values of a checkpoint in memory, without a file: for models that are looked at and not kept.
+
+Knows expressions and threads; knows nothing of torch.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from merger.checkpoint import Checkpoint
+from merger.expression import Expression
+from merger.kernels import Bytes
+from merger.measuring import measured
+from merger.plan import make_plan
+from merger.reader import OpenFiles, read
+from merger.storage.disk import page_aligned
+
+_BLOCK = 1 << 20  # elements
+
+
+def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
+    """Every tensor with its bytes in row-major order. Raises ReadFailed and SourceChanged."""
+    threads = os.cpu_count() or 1
+    whole = make_plan(replace(checkpoint, optimizer={}), {}, shard_size=1 << 62)
+    inputs = OpenFiles()
+    try:
+        [shard] = measured(whole.shards, inputs, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            made = pool.map(lambda entry: _evaluate(entry.expression, inputs), shard.entries)
+            for entry, content in zip(shard.entries, made, strict=True):
+                yield entry.name, entry.expression, content
+    finally:
+        inputs.close()
+
+
+def _evaluate(expression: Expression, inputs: OpenFiles) -> Bytes:
+    out = page_aligned(expression.nbytes)
+    for start in range(0, expression.size, _BLOCK):
+        stop = min(start + _BLOCK, expression.size)
+        found = read(set(expression.reads(start, stop)), inputs, page_aligned(expression.memory(stop - start)))
+        place = out[start * expression.itemsize : stop * expression.itemsize]
+        expression.write(start, stop, found.__getitem__, place)
+    return out[: expression.nbytes]

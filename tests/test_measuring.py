@@ -1,0 +1,56 @@
+"""The first pass: every measure once, the same for any number of threads, errors with the file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from merger.checkpoint import Checkpoint, open_checkpoint
+from merger.drawn import redrawn
+from merger.errors import SourceChanged
+from merger.measuring import measured
+from merger.noise import choose, key_of
+from merger.plan import make_plan
+from merger.reader import OpenFiles
+from tests.checkpoints import write_model
+
+ROWS, WIDTH = 900, 700  # more elements than one block of a measure
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype("f4") + 3
+    return write_model(tmp_path / "model", {"w": values}, {})
+
+
+def shards_of(model: Path):
+    stored = open_checkpoint(model).tensors["w"]
+    mask = choose(key_of(0, "w"), 0.3, ROWS)
+    once = redrawn(stored, mask, 0, key_of(0, "a"))
+    tensors = {"a": once, "b": once, "c": stored}
+    plan = make_plan(Checkpoint(tensors, {}, {}, ()), {"method": "x"}, 10**9)
+    return plan.shards, mask
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_numbers_are_those_of_float64(model: Path, threads: int) -> None:
+    shards, mask = shards_of(model)
+    [shard] = measured(shards, OpenFiles(), threads)
+    a, b, c = (entry.expression for entry in shard.entries)
+    values = np.frombuffer((model / "model.safetensors").read_bytes()[-ROWS * WIDTH * 4 :], "f4").reshape(ROWS, WIDTH)
+    chosen = values[mask].astype("f8")
+    assert a.found == pytest.approx((chosen.mean(), chosen.std()), rel=1e-11)
+    assert (b.found, c) == (a.found, shards[0].entries[2].expression)
+    assert [entry.offset for entry in shard.entries] == [entry.offset for entry in shards[0].entries]
+
+
+def test_where_nothing_is_measured_the_shards_stay(model: Path) -> None:
+    plan = make_plan(open_checkpoint(model), {"method": "x"}, 10**9)
+    assert measured(plan.shards, OpenFiles(), 2) is plan.shards
+
+
+def test_a_source_that_is_gone_is_told(model: Path) -> None:
+    shards, _ = shards_of(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SourceChanged, match="cannot be opened any more"):
+        measured(shards, OpenFiles(), 2)
