@@ -1,1 +1,1 @@
-"""Runs one attempt of one job on a Ray cluster. Empty until the service is built; uses `merger` only."""
+"""Runs one attempt of one job on a Ray cluster. Knows Ray and the API's runner side; knows no database."""

@@ -1,0 +1,102 @@
+"""The application: wiring only. Knows which routes, handlers and background threads make up an API process."""
+
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio import to_thread
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import merger
+from api import problems
+from api.context import Context
+from api.dispatcher import Dispatcher
+from api.metrics import Metrics
+from api.ray_jobs import RayJobs
+from api.routes import attempts, jobs, streams, system
+from api.settings import Settings
+from api.store.store import Store
+
+# Nothing waits for a network then, and more threads only take turns: with 40 of them 500 requests from 20 clients had a
+# 95th percentile of 103 ms, with 3 one of 89 ms.
+_THREADS_WITH_SQLITE = 3
+
+
+def create_app(settings: Settings, store: Store, ray: RayJobs, *, dispatching: bool = True) -> FastAPI:
+    """The API over a store and a Ray cluster; with a dispatcher of its own unless told otherwise."""
+    context = Context(settings, store, ray, Metrics(store))
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        dispatcher = Dispatcher(store, ray, settings)
+        thread = threading.Thread(target=dispatcher.run, name="dispatcher", daemon=True)
+        if dispatching:
+            thread.start()
+        if settings.database_url.startswith("sqlite"):
+            to_thread.current_default_thread_limiter().total_tokens = _THREADS_WITH_SQLITE
+        yield
+        dispatcher.stop()
+        if dispatching:
+            thread.join()
+
+    app = FastAPI(
+        title="merger",
+        version=merger.__version__,
+        summary="Jobs that make new model checkpoints out of old ones.",
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=lifespan,
+        responses=problems.responses(500),
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    problems.install(app)
+    for routes in (jobs, streams, attempts, system):
+        app.include_router(routes.router)
+    app.add_middleware(_Bounded, limit=settings.max_body)
+    app.add_middleware(_Timed, metrics=context.metrics)
+    return app
+
+
+class _Bounded:
+    """Refuses bodies of more than `limit` bytes, whatever their headers say."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                raise HTTPException(413, f"a request may have {self._limit:,} bytes")
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+class _Timed:
+    """Measures requests by route."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+
+        async def timed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "none")
+                labels = (scope["method"], route, str(message["status"]))
+                self._metrics.requests.labels(*labels).observe(time.perf_counter() - began)
+            await send(message)
+
+        await self._app(scope, receive, timed)

@@ -1,0 +1,44 @@
+"""Everything that can be set about the service, from the environment. Knows names and defaults only."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Folders = Annotated[tuple[Path, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """The service's settings; the variable of `database_url` is MERGER_DATABASE_URL."""
+
+    model_config = SettingsConfigDict(env_prefix="MERGER_", frozen=True, extra="ignore")
+
+    database_url: str = Field(default="sqlite:///merger.db", description="SQLite, or PostgreSQL in production.")
+    api_key: SecretStr | None = Field(default=None, description="A bearer key that is always admitted.")
+    url: str = Field(default="http://127.0.0.1:8080", description="Where runners reach this API.")
+    ray_url: str = Field(default="http://127.0.0.1:8265", description="The dashboard of the Ray cluster.")
+    ray_token: SecretStr | None = Field(default=None, description="The token of the Ray cluster.")
+    python: str = Field(default="python", description="The interpreter of the runners on the cluster.")
+    working_folder: Path = Field(default=Path(), description="What relative paths in recipes are relative to.")
+    source_roots: Folders = Field(default=(), description="Folders below which models may be read, colon-separated.")
+    output_roots: Folders = Field(default=(), description="Folders below which results go, colon-separated.")
+
+    max_running: int = Field(default=2, ge=1, description="Jobs that run at once.")
+    max_attempts: int = Field(default=5, ge=1, description="Attempts before a job fails.")
+    queue_seconds: float = Field(default=7 * 86400.0, gt=0, description="How long a job may wait.")
+    run_seconds: float = Field(default=86400.0, gt=0, description="How long a job may run, all attempts together.")
+    lease_seconds: float = Field(default=15.0, gt=0, description="Silence after which a runner is lost.")
+    heartbeat_seconds: float = Field(default=1.0, gt=0, description="How often a runner reports.")
+    start_seconds: float = Field(default=120.0, gt=0, description="How long an attempt may take to start.")
+    stall_seconds: float = Field(default=900.0, gt=0, description="How long a runner may get no further.")
+    cancel_seconds: float = Field(default=3.0, gt=0, description="How long a runner may take to stop by itself.")
+    task_cpus: float = Field(default=1.0, gt=0, description="Processors of a shard's task.")
+    task_memory: int = Field(default=1 << 30, gt=0, description="Bytes of buffers that a shard's task may use.")
+    runner_cpus: float = Field(default=0.25, gt=0, description="Processors that a runner reserves.")
+    max_body: int = Field(default=4 << 20, gt=0, description="Bytes of the largest request.")
+
+    @field_validator("source_roots", "output_roots", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value

@@ -1,0 +1,89 @@
+"""From what a client sends to a job that can run: the recipe, its paths, its plan. Reads headers, no weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from api.jobs import Needs
+from api.settings import Settings
+from merger.errors import RecipeError
+from merger.evaluation import Harness
+from merger.methods.method import all_of, is_open
+from merger.preflight import check_disk
+from merger.publish import check_free, is_complete
+from merger.recipe import Document, evaluations_of, make_document, parse_document
+from merger.run import Options, output_of, plan_of
+from merger.sources import LocalSources, Roots
+from workers.resources import TaskSize, measuring_request, request_for
+
+Recipe = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A recipe that can run: its content, what it makes where, and what that takes."""
+
+    content: Mapping[str, Any]
+    document: Document
+    output: Path
+    needs: Needs
+    plan: Mapping[str, Any]
+
+
+def document_of(recipe: Recipe) -> Document:
+    """The document in a YAML text or in plain data. Raises RecipeError with the field's path."""
+    return parse_document(recipe) if isinstance(recipe, str) else make_document(recipe)
+
+
+def validate(recipe: Recipe, settings: Settings) -> Validated:
+    """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
+    document = document_of(recipe)
+    output = place_of(output_of(document), settings.working_folder)
+    _admit_output(output, settings)
+    plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings)))
+    size = TaskSize(settings.task_cpus, settings.task_memory)
+    request, _ = request_for(plan, size)
+    evaluations = evaluations_of(document)
+    if any(isinstance(evaluation, Harness) and evaluation.include_path for evaluation in evaluations):
+        raise RecipeError(
+            "is not taken by a service: such tasks may run code", where="include_path", remedy="Name built-in tasks."
+        )
+    for folder in (folder for part in all_of(document.recipe) for folder in part.folders()):
+        _admit_output(place_of(folder, settings.working_folder), settings)
+    if evaluations or is_open(document.recipe):
+        request = replace(request, memory=max(request.memory, measuring_request(plan, size).memory))
+    if not is_complete(output, plan):  # the same result again is no work
+        check_free(output, plan)
+        check_disk(plan, output, 0)
+    summary = {
+        "fingerprint": plan.fingerprint,
+        "shards": len(plan.shards),
+        "tensors": len(plan.checkpoint.tensors),
+        "parameters": plan.parameters,
+        "bytes_read": plan.read_size,
+        "bytes_written": plan.size,
+        "output": str(output),
+        "needs": asdict(request),
+        "notes": list(plan.checkpoint.notes),
+        "warnings": list(plan.checkpoint.warnings),
+    }
+    needs = Needs(request.cpus, request.gpus, request.memory)
+    return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
+
+
+def roots_of(settings: Settings) -> Roots:
+    """Where models may be read."""
+    return Roots(settings.source_roots)
+
+
+def place_of(path: Path, working_folder: Path) -> Path:
+    """An output path as one that does not depend on where a process runs."""
+    return working_folder.absolute() / path
+
+
+def _admit_output(output: Path, settings: Settings) -> None:
+    Roots(settings.output_roots).admit(output, "output.path")
+    if output.name in ("", "..") or ".." in output.parts:
+        raise RecipeError("must be a plain path without ..", where="output.path")

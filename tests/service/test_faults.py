@@ -1,0 +1,377 @@
+"""Whatever is killed while a job runs, the job succeeds, with the right bytes, and computes no finished shard twice.
+
+Real servers, real Ray clusters, SIGKILL. The processes that work are stopped (SIGSTOP) in the middle of a job, so that
+there is time to kill; nothing depends on how fast a machine is.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from merger.cli.terminal import Silent
+from merger.recipe import make_document
+from merger.run import Options, run
+from merger.staging import JOBS
+from tests.service.processes import Cluster, Service, free_port, kill_tree, recipe, until, write_run
+
+SHARDS = 12
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run, and in `expected` what `merger run` makes of it."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_run(folder / "run", SHARDS)
+    run(make_document(recipe(folder / "run", str(folder / "expected"))), Options(), Silent())
+    return folder
+
+
+@pytest.fixture
+def service(expected: Path, tmp_path: Path) -> Iterator[Service]:
+    """A server with a Ray of its own; one shard at a time."""
+    service = Service(tmp_path, MERGER_TASK_CPUS="2", MERGER_SOURCE_ROOTS=str(expected))
+    try:
+        yield service.start()
+    finally:
+        service.stop()
+
+
+@pytest.fixture
+def cluster(expected: Path, tmp_path: Path) -> Iterator[tuple[Service, Cluster]]:
+    """A server over a real cluster of a head and two nodes."""
+    cluster = Cluster()
+    service = Service(tmp_path, MERGER_TASK_CPUS="1.5", MERGER_SOURCE_ROOTS=str(expected), **cluster.settings)
+    try:
+        cluster.start_head()
+        cluster.start_node(2)
+        cluster.start_node(3)
+        yield service.start(), cluster
+    finally:
+        service.stop()
+        cluster.stop()
+
+
+class Halfway:
+    """A job in the middle: some shards are finished, and everything that works on the others stands still."""
+
+    def __init__(self, service: Service, expected: Path) -> None:
+        self.service, self.expected = service, expected
+        self.output = service.folder / "out"
+        self.job = service.submit(recipe(expected / "run", "out"))
+        until(lambda: len(self.receipts()) >= 3, 60, 0.002)
+        self.stopped = self.stop_work()
+        self.finished = {path.name.removesuffix(".json"): self.identity(path) for path in self.receipts()}
+        assert 3 <= len(self.finished) < SHARDS, "the machine was too fast to stop the job in the middle"
+
+    def stop_work(self) -> list[psutil.Process]:
+        """Stop what has a shard in the making: before and after it, a worker's title is the same for a moment."""
+        return until(lambda: [process for process in self.service.processes("write_shard") if self._stop(process)])
+
+    @staticmethod
+    def _stop(process: psutil.Process) -> bool:
+        """Stop a process; whether it has an unfinished shard open."""
+        with contextlib.suppress(psutil.Error):
+            process.suspend()
+            if any(".safetensors." in file.path for file in process.open_files()):
+                return True
+            process.resume()
+        return False
+
+    def go_on(self) -> None:
+        for process in self.stopped:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+    def receipts(self) -> list[Path]:
+        staging = self.service.folder / JOBS
+        return [path for path in staging.glob("*/attempt-*/.merger/*.json") if path.name != "plan.json"]
+
+    @staticmethod
+    def identity(receipt: Path) -> tuple[int, int]:
+        status = (receipt.parents[1] / receipt.name.removesuffix(".json")).stat()
+        return status.st_ino, status.st_mtime_ns
+
+    def check(self) -> None:
+        """The job succeeds; bytes, finished shards, events and staging are as they must be."""
+        job = self.service.ended(self.job)
+        assert job["state"] == "succeeded", (job["error"], self.service.http.get(f"/v1/jobs/{self.job}/logs").text)
+        for path in sorted((self.expected / "expected").glob("*.safetensors")):
+            assert (self.output / path.name).read_bytes() == path.read_bytes(), path.name
+        for name, identity in self.finished.items():
+            status = (self.output / name).stat()
+            assert (status.st_ino, status.st_mtime_ns) == identity, f"{name} was made twice"
+        events = self.service.events(self.job)
+        assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+        told = [event["data"] for event in events if event["kind"] == "shard"]
+        made = [data["file"] for data in told if not data["adopted"]]
+        assert len(made) == len(set(made)), "a shard was finished twice"
+        assert {data["file"] for data in told} == {file["name"] for file in job["result"]["files"]}
+        assert events[-1]["kind"] == "succeeded"
+        assert not (self.service.folder / JOBS).exists()
+
+
+@pytest.mark.slow
+def test_a_shard_worker_is_killed(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    for process in halfway.stopped:
+        process.kill()
+    halfway.check()
+    assert len(service.job(halfway.job)["attempts"]) == 1
+    assert "its process died" in service.http.get(f"/v1/jobs/{halfway.job}/logs").text
+
+
+@pytest.mark.slow
+def test_the_runner_is_killed(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    for process in service.processes("workers.runner"):
+        process.kill()
+    halfway.go_on()
+    halfway.check()
+    assert len(service.job(halfway.job)["attempts"]) == 2
+
+
+@pytest.mark.slow
+def test_the_api_is_killed(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    service.kill()
+    halfway.go_on()
+    service.start()
+    halfway.check()
+    assert len(service.job(halfway.job)["attempts"]) == 1, "the job went on by itself"
+
+
+@pytest.mark.slow
+def test_a_node_is_killed(cluster: tuple[Service, Cluster], expected: Path) -> None:
+    service, ray = cluster
+    halfway = Halfway(service, expected)
+    [raylet] = [p for p in psutil.Process(ray.nodes[0].pid).children() if p.name() == "raylet"]
+    raylet.kill()
+    halfway.go_on()
+    halfway.check()
+
+
+@pytest.mark.slow
+def test_the_head_is_killed_and_comes_back(cluster: tuple[Service, Cluster], expected: Path) -> None:
+    service, ray = cluster
+    halfway = Halfway(service, expected)
+    assert ray.head
+    kill_tree(ray.head.pid)
+    ray.head.wait()
+    halfway.go_on()
+    ray.start_head()
+    ray.start_node(2)  # as an operator of the cluster does; the old ones do not join the new head
+    halfway.check()
+
+
+@pytest.mark.slow
+def test_an_orphan_cannot_change_the_result(cluster: tuple[Service, Cluster], expected: Path) -> None:
+    service, ray = cluster
+    halfway = Halfway(service, expected)
+    orphans = [*service.processes("workers.runner"), *halfway.stopped]
+    supervisors = service.processes("JobSupervisor")
+    assert len(orphans) >= 2
+    assert supervisors
+    for process in [*orphans, *supervisors]:  # the attempt stands still, and so does what Ray would kill it with
+        process.suspend()
+    ray.start_node(4)  # for the next attempt: the orphan holds on to what it has
+    halfway.check()
+    assert all(process.is_running() for process in orphans)
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in halfway.output.iterdir()}
+    for process in orphans:
+        process.resume()
+    until(lambda: not any(map(_lives, orphans)))  # they find out by themselves that they no longer count
+    for process in supervisors:
+        process.resume()
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in halfway.output.iterdir()} == before
+    assert not (service.folder / JOBS).exists()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["planning", "running", "publishing", "standing still"])
+def test_cancel_leaves_nothing(service: Service, expected: Path, phase: str) -> None:
+    if phase == "planning":
+        job = service.submit(recipe(expected / "run", "out"))
+        runners = until(lambda: service.processes("workers.runner"), 60, 0.002)
+    else:
+        halfway = Halfway(service, expected)
+        job = halfway.job
+        if phase == "publishing":
+            halfway.go_on()
+            until(lambda: len(halfway.receipts()) == SHARDS, 60, 0.001)
+        runners = service.processes("workers.runner")
+    for runner in runners:
+        runner.suspend()
+    assert service.http.post(f"/v1/jobs/{job}:cancel").status_code == 200
+    for runner in runners if phase != "standing still" else ():
+        runner.resume()
+    assert service.ended(job)["state"] == "canceled"
+    until(lambda: not service.processes("workers.runner") and not service.processes("write_shard"))
+    assert not (service.folder / "out").exists()
+    assert not (service.folder / JOBS).exists()
+
+
+# ---- the database -------------------------------------------------------------------------------------
+
+_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+class Postgres:
+    """A PostgreSQL server of the test's own, which it may stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.folder.mkdir()
+        shutil.chown(folder, "postgres", "postgres")
+        self._run("initdb", "--auth=trust", "--username=postgres")
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        self._run("pg_ctl", "start", "--wait", "-o", f"-p {self.port} -c unix_socket_directories=", "-l", "log")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "stop", "--mode=immediate")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = ["runuser", "-u", "postgres", "--", str(_BINARIES[-1] / program), "-D", str(self.folder), *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    if not _BINARIES or os.geteuid() != 0:
+        pytest.skip("needs PostgreSQL's programs and the right to start a server as another user")
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's folder, which only root may enter
+        Path(name).chmod(0o755)
+        server = Postgres(Path(name) / "database")
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.mark.slow
+def test_the_database_is_away_for_ten_seconds(postgres: Postgres, expected: Path, tmp_path: Path) -> None:
+    own = {"MERGER_TASK_CPUS": "2", "MERGER_SOURCE_ROOTS": str(expected), "MERGER_DATABASE_URL": postgres.url}
+    service = Service(tmp_path, **own)
+    try:
+        service.start()
+        halfway = Halfway(service, expected)
+        postgres.stop()
+        began = time.monotonic()
+        answers = [service.http.get("/v1/jobs"), service.http.get("/readyz")]
+        answers.append(service.http.post("/v1/jobs", json={"recipe": recipe(expected / "run", "other")}))
+        for answer in answers:
+            assert answer.status_code == 503
+            assert answer.headers["content-type"] == "application/problem+json"
+        assert service.http.get("/livez").status_code == 200
+        halfway.go_on()
+        until(lambda: len(halfway.receipts()) == SHARDS)  # the work goes on without the database
+        until(lambda: time.monotonic() - began > 10)
+        assert not halfway.output.exists(), "only the database can let it be published"
+        postgres.start()
+        halfway.check()
+        assert len(service.job(halfway.job)["attempts"]) == 1
+    finally:
+        service.stop()
+
+
+@pytest.mark.slow
+def test_two_replicas_share_the_work_and_start_no_attempt_twice(postgres: Postgres, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", shards=2, megabytes=1)
+    cluster, replicas = Cluster(), list[Service]()
+    own = {"MERGER_DATABASE_URL": postgres.url, "MERGER_SOURCE_ROOTS": str(tmp_path), "MERGER_LEASE_SECONDS": "15"}
+    try:
+        cluster.start_head()
+        cluster.start_node(2)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            replicas.append(
+                Service(tmp_path / name, MERGER_OUTPUT_ROOTS=str(tmp_path), **own, **cluster.settings).start()
+            )
+        jobs = [
+            replica.submit(recipe(tmp_path / "run", str(tmp_path / f"out-{name}-{i}"), 1))
+            for i in range(4)
+            for name, replica in zip("ab", replicas, strict=True)
+        ]
+        for job in jobs:
+            ended = replicas[0].ended(job)
+            assert (ended["state"], len(ended["attempts"])) == ("succeeded", 1)
+            assert replicas[1].job(job) == ended
+            kinds = [event["kind"] for event in replicas[1].events(job)]
+            assert kinds.count("starting") == kinds.count("running") == 1
+        known = httpx2.get(
+            f"http://127.0.0.1:{cluster.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"}
+        )
+        assert sorted(one["submission_id"] for one in known.json()) == sorted(f"{job}-1" for job in jobs)
+    finally:
+        for replica in replicas:
+            replica.stop()
+        cluster.stop()
+
+
+# ---- the embedded Ray ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_runner_is_asked_to_stop(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    for process in service.processes("workers.runner"):
+        process.terminate()
+    halfway.go_on()
+    halfway.check()
+    first, *_ = service.job(halfway.job)["attempts"]
+    assert "asked to stop" in first["error"]["message"], "it said so itself, and no lease had to run out"
+
+
+@pytest.mark.slow
+def test_the_embedded_ray_dies_and_comes_back(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    for process in service.processes("gcs_server"):
+        process.kill()
+    halfway.go_on()
+    halfway.check()
+
+
+@pytest.mark.slow
+def test_jobs_survive_a_stop_of_everything(service: Service, expected: Path) -> None:
+    halfway = Halfway(service, expected)
+    halfway.go_on()
+    service.process.terminate()  # type: ignore[union-attr]  (as Ctrl-C does: Ray ends too)
+    service.process.wait(60)  # type: ignore[union-attr]
+    assert not (service.folder / "data" / "ray.json").exists()
+    halfway.finished = {path.name.removesuffix(".json"): halfway.identity(path) for path in halfway.receipts()}
+    service.start()
+    halfway.check()
+
+
+@pytest.mark.slow
+def test_a_killed_keeper_leaves_nothing_running(service: Service) -> None:
+    cluster = json.loads((service.folder / "data" / "ray.json").read_text())
+    psutil.Process(cluster["pid"]).kill()
+    assert service.processes("raylet"), "Ray goes on without its keeper"
+    service.stop()
+    until(lambda: not [p for p in psutil.process_iter() if carries(p, cluster["token"])])
+
+
+def carries(process: psutil.Process, token: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.environ().get("RAY_AUTH_TOKEN") == token)
+    return False

@@ -1,0 +1,85 @@
+"""Measures candidates as Ray tasks, several at once. Knows Ray's tasks; what measuring is, `merger.judging` knows.
+
+Scores are remembered in a folder of the job, so that a later attempt goes on from what the earlier ones measured, and
+in the order of the candidates, so that the same is chosen by any number of workers.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from merger.errors import WorkerDied
+from merger.evaluation import Measured, Score
+from merger.judging import LocalJudge, Remembered
+from merger.methods.method import Judge, Method
+from merger.sources import LocalSources, Roots
+from workers.resources import Request
+
+_RETRIES = 3  # of a task whose process dies
+
+
+def measure(
+    candidate: str | Method, evaluation: Measured, key: str | None, folder: Path, roots: Sequence[Path], place: Path
+) -> Score:
+    """What a task does: the score of one candidate, from a process of its own. `place` is where paths begin."""
+    os.chdir(place)
+    with LocalJudge(LocalSources(Roots(roots)), Remembered(folder), lambda _text: None, roots) as judge:
+        return judge.score(candidate, evaluation, key)
+
+
+class RayJudge(Judge):
+    """Measures on the cluster. May be interrupted by any exception; `stop` then ends what is left."""
+
+    def __init__(
+        self,
+        folder: Path,
+        roots: Sequence[Path],
+        request: Request,
+        connect: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._roots, self._connect, self._say = folder, list(roots), connect, say
+        self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
+        self._left: list[Any] = []
+
+    def score(self, candidate: str | Method, evaluation: Measured, key: str | None = None) -> Score:
+        [score] = self._scores([candidate], evaluation, key)
+        return score
+
+    def scores(self, candidates: Sequence[str | Method], evaluation: Measured) -> list[Score]:
+        return self._scores(candidates, evaluation, None)
+
+    def _scores(self, candidates: Sequence[str | Method], evaluation: Measured, key: str | None) -> list[Score]:
+        self._connect()
+        task: Any = ray.remote(measure).options(**self._options, max_retries=_RETRIES)
+        place = Path.cwd()
+        self._left = [task.remote(one, evaluation, key, self._folder, self._roots, place) for one in candidates]
+        found: dict[Any, Score] = {}
+        waiting = list(self._left)
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=1.0)
+            for reference in ready:
+                found[reference] = _result(reference)
+                self._say(f"measured {len(found)} of {len(candidates)}")
+        scores = [found[reference] for reference in self._left]
+        self._left = []
+        return scores
+
+    def stop(self) -> None:
+        """Kill the processes of the tasks that are left."""
+        for reference in self._left:
+            ray.cancel(reference, force=True)
+        self._left = []
+
+
+def _result(reference: Any) -> Score:
+    try:
+        return ray.get(reference)  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from error
+    except ray.exceptions.RayError as error:
+        cause = str(error).splitlines()[0]
+        raise WorkerDied(f"its process died {_RETRIES + 1} times: {cause}", where="measuring a candidate") from error

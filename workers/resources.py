@@ -1,0 +1,40 @@
+"""What a shard's task asks of the cluster. Pure: the API checks with it what the runner will ask for."""
+
+from dataclasses import dataclass
+
+from merger.budget import Allotment, allot
+from merger.plan import Plan
+
+_TORCH = 1 << 30  # bytes: a process with torch and transformers, measured at 600 MB, and activations
+INTERPRETER = 400 << 20  # bytes: a Ray worker with the library and its kernels loaded, measured at 310 MB
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """What one task may use: processors, and bytes of memory for its buffers."""
+
+    cpus: float = 1.0
+    memory: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """What Ray is asked for, for one task."""
+
+    cpus: float
+    gpus: float
+    memory: int
+
+
+def measuring_request(plan: Plan, size: TaskSize) -> Request:
+    """The request of a task that measures a model: in float32, once more while it loads, torch and what it computes."""
+    return Request(size.cpus, 0.0, 2 * 4 * plan.parameters + _TORCH)
+
+
+def request_for(plan: Plan, size: TaskSize) -> tuple[Request, Allotment]:
+    """The request of each shard's task, and how the task divides its memory among two threads a processor.
+
+    Raises NotEnoughMemory.
+    """
+    allotment = allot(plan, size.memory, max(1, round(2 * size.cpus)))
+    return Request(size.cpus, 0.0, allotment.memory + INTERPRETER), allotment

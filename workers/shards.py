@@ -1,0 +1,163 @@
+"""One Ray task for each shard. Knows Ray's tasks and how they die; knows nothing of the API.
+
+A task streams numbers (bytes that it has written) and at last the shard's receipt. A task whose process died is run
+again, under another name for its unfinished file, unless the shard turns out to be finished.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from merger import kernels
+from merger.budget import Allotment
+from merger.engine import write_shards
+from merger.errors import WorkerDied
+from merger.plan import Shard
+from merger.receipt import Receipt, read_receipt
+from workers.resources import Request
+
+_MOST_DEATHS = 4  # of the processes that work on one shard
+_IN_FLIGHT = 64  # tasks that Ray knows of at once: their plans lie in its store
+_TELL = 0.25  # seconds between two numbers of a task
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that a task needs beside its shard."""
+
+    folder: Path
+    allotment: Allotment
+    fingerprint: str
+    request: Request
+
+
+def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Receipt]:
+    """What a task does: numbers of bytes as they are written, then the receipt."""
+    kernels.load()
+    written: queue.SimpleQueue[int | Receipt | BaseException] = queue.SimpleQueue()
+
+    def write() -> None:
+        try:
+            receipts = write_shards(
+                [shard], work.folder, work.allotment, work.fingerprint, execution=execution, on_bytes=written.put
+            )
+            written.put(receipts[0])
+        except BaseException as error:
+            written.put(error)
+
+    threading.Thread(target=write, name="shard", daemon=True).start()
+    yield from _in_steps(written)
+
+
+def _in_steps(written: "queue.SimpleQueue[int | Receipt | BaseException]") -> Iterator[int | Receipt]:
+    """Numbers summed up over a moment, then the receipt. Raises what the engine raised."""
+    total, due = 0, time.monotonic()
+    while True:
+        value = written.get()
+        if isinstance(value, BaseException):
+            raise value
+        if isinstance(value, Receipt):
+            yield total
+            yield value
+            return
+        total += value
+        if time.monotonic() >= due:
+            yield total
+            total, due = 0, time.monotonic() + _TELL
+
+
+@dataclass
+class _Task:
+    shard: Shard
+    stream: Any
+    written: int = 0
+
+
+class ShardTasks:
+    """Makes shards on the cluster. `run` may be interrupted by any exception; `stop` then ends what is left."""
+
+    def __init__(
+        self,
+        work: Work,
+        attempt: int,
+        on_bytes: Callable[[int], None],
+        on_shard: Callable[[Shard, Receipt], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._work, self._attempt, self._on_bytes, self._on_shard, self._say = work, attempt, on_bytes, on_shard, say
+        self._tasks: dict[Any, _Task] = {}
+        self._deaths: dict[str, int] = {}
+        self._remote: Any = ray.remote(write_shard).options(
+            num_cpus=work.request.cpus,
+            num_gpus=work.request.gpus,
+            memory=work.request.memory,
+            num_returns="streaming",
+            max_retries=0,
+        )
+
+    def run(self, shards: Sequence[Shard]) -> list[Receipt]:
+        """The receipts of the shards, in the order in which they are finished.
+
+        Raises what a task raised, and WorkerDied.
+        """
+        waiting, receipts = list(reversed(shards)), list[Receipt]()
+        while waiting or self._tasks:
+            while waiting and len(self._tasks) < _IN_FLIGHT:
+                self._submit(waiting.pop())
+            ready, _ = ray.wait(list(self._tasks), timeout=1.0, fetch_local=False)
+            for stream in ready:
+                receipt = self._advance(stream)
+                if receipt:
+                    receipts.append(receipt)
+        return receipts
+
+    def stop(self) -> None:
+        """Kill the processes of the tasks that are left."""
+        for task in self._tasks.values():
+            ray.cancel(task.stream, force=True)
+        self._tasks.clear()
+
+    def _submit(self, shard: Shard) -> None:
+        execution = f".{self._attempt}.{self._deaths.get(shard.name, 0)}"
+        stream = self._remote.remote(shard, self._work, execution)
+        self._tasks[stream] = _Task(shard, stream)
+
+    def _advance(self, stream: Any) -> Receipt | None:
+        """Take the next thing that a task says; its receipt where that was the last."""
+        task = self._tasks[stream]
+        try:
+            said = ray.get(next(stream))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except (ray.exceptions.RayError, StopIteration) as error:
+            del self._tasks[stream]
+            self._on_bytes(-task.written)
+            return self._after_death(task.shard, error)
+        if isinstance(said, int):
+            task.written += said
+            self._on_bytes(said)
+            return None
+        del self._tasks[stream]
+        self._on_bytes(task.shard.size - task.written)  # the header, and what a lost number would have said
+        self._on_shard(task.shard, said)
+        return said  # type: ignore[no-any-return]
+
+    def _after_death(self, shard: Shard, error: Exception) -> Receipt | None:
+        receipt = read_receipt(self._work.folder, shard.name, self._work.fingerprint)
+        if receipt:  # it died after its work was done
+            self._on_bytes(shard.size)
+            self._on_shard(shard, receipt)
+            return receipt
+        self._deaths[shard.name] = self._deaths.get(shard.name, 0) + 1
+        self._say(f"{shard.name}: its process died ({type(error).__name__}), run again")
+        if self._deaths[shard.name] >= _MOST_DEATHS:
+            cause = str(error).splitlines()[0]
+            raise WorkerDied(f"its process died {_MOST_DEATHS} times: {cause}", where=shard.name) from error
+        self._submit(shard)
+        return None
