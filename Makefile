@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test slow lint bench clean
+.PHONY: setup demo serve test slow lint bench clean
 setup: .venv/made
 
 .venv/made: pyproject.toml constraints.txt
@@ -14,11 +14,16 @@ setup: .venv/made
 demo: setup
 	$(BIN)/python examples/demo/demo.py
 
+# The API, its database and a Ray of its own, on this machine; Ctrl-C stops all of it.
+serve: setup
+	$(BIN)/merger serve
+
 test: setup
 	$(BIN)/pytest -n 2 -m 'not slow' --cov --cov-fail-under=95
 
+# One at a time: each of them starts a cluster and kills parts of it.
 slow: setup
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -28,6 +33,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/average.py
+	$(BIN)/python bench/experts.py
 
 clean:
 	rm -rf .venv build dist out bench/data

@@ -9,16 +9,14 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from data import make
+from processes import Run, measure, median, wrapped
 
 from merger.storage.safetensors import read_header
 
@@ -28,16 +26,6 @@ INPUTS = [DATA / f"model-{i}" for i in range(3)]
 WEIGHTS = [0.5, 0.3, 0.2]
 GIGABYTES = 8.8  # read and written by each run
 THREADS = 2 * (os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process: wall and CPU seconds, peak resident memory in MB, and for some the seconds of the inner loop."""
-
-    wall: float
-    cpu: float
-    peak: float
-    inner: float | None = None
 
 
 def prepare() -> None:
@@ -51,74 +39,25 @@ def prepare() -> None:
     (DATA / "merger.yaml").write_text(json.dumps(ours))
 
 
-def evict() -> None:
-    """Drop the inputs from the page cache."""
-    for folder in INPUTS:
-        handle = os.open(folder / "model.safetensors", os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-
-
-def warm() -> None:
-    """Bring the inputs into the page cache."""
-    for folder in INPUTS:
-        with (folder / "model.safetensors").open("rb") as file:
-            while file.read(64 << 20):
-                pass
-
-
-def measure(command: list[str], output: Path, *, cold: bool) -> tuple[Run, str]:
-    """Run a command that makes `output`, alone on a synced disk; its figures and what it printed."""
-    if output.is_dir():
-        shutil.rmtree(output)
-    output.unlink(missing_ok=True)
-    evict() if cold else warm()
-    os.sync()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        printed, complaints = child.communicate()
-        wall = time.perf_counter() - began
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{complaints}")
-    usage = json.loads(complaints.rsplit("USAGE", 1)[1])
-    return Run(wall, usage["cpu"], usage["peak"]), printed
-
-
-# Runs a command and appends its own resource usage to standard error: a parent's maxrss mixes its children.
-WRAPPER = """
-import json, os, sys
-pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
-_, status, usage = os.wait4(pid, 0)
-figures = {"cpu": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / 1000}
-print("USAGE", json.dumps(figures), sep="", file=sys.stderr)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-def wrapped(*command: str) -> list[str]:
-    return [sys.executable, "-S", "-c", WRAPPER, *command]
-
-
 def run_merger(*, cold: bool) -> Run:
     output = DATA / "out-merger"
     command = wrapped(str(BIN / "merger"), "run", str(DATA / "merger.yaml"), "-o", str(output), "--json")
-    run, printed = measure(command, output, cold=cold)
-    return Run(run.wall, run.cpu, run.peak, json.loads(printed)["figures"]["seconds"])
+    run, printed = measure(command, output, INPUTS, cold=cold)
+    return replace(run, inner=json.loads(printed)["figures"]["seconds"])
 
 
 def run_mergekit(*, cold: bool) -> Run:
     output = DATA / "out-mergekit"
     command = wrapped(str(BIN / "mergekit-yaml"), str(DATA / "mergekit.yaml"), str(output), "--lazy-unpickle")
-    return measure(command, output, cold=cold)[0]
+    return measure(command, output, INPUTS, cold=cold)[0]
 
 
 def run_bare(*, cold: bool) -> Run:
     output = DATA / "out-bare"
     inputs = [str(folder / "model.safetensors") for folder in INPUTS]
     command = wrapped(sys.executable, str(HERE / "bare.py"), str(THREADS), str(output), *inputs)
-    run, printed = measure(command, output, cold=cold)
-    return Run(run.wall, run.cpu, run.peak, float(printed))
+    run, printed = measure(command, output, INPUTS, cold=cold)
+    return replace(run, inner=float(printed))
 
 
 def compare_outputs() -> str:
@@ -152,10 +91,6 @@ def _only(folder: Path) -> Path:
 def _values(path: Path, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     bits = np.fromfile(path, np.uint16, min(1_000_000, (stop - start) // 2), offset=start)
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def median(runs: list[Run], field: str) -> float:
-    return statistics.median(getattr(run, field) for run in runs)
 
 
 def table(results: dict[str, dict[str, list[Run]]], agreement: str) -> str:

@@ -1,4 +1,4 @@
-"""Makes the demo's averages with the `merger` command, as a person would at a shell.
+"""Makes the demo's averages as jobs of a service, with the `merger` command, as a person would at a shell.
 
 Knows the recipes beside it and how the command is called. Knows nothing of training, nor of what an average is worth.
 """
@@ -9,8 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from service import merger
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -38,38 +41,44 @@ AVERAGES = (
 )
 
 
-def make(average: Average, out: Path, *, quiet: bool = False) -> Path:
-    """Runs `merger run` and returns the folder of the result, made anew. Exits where the command fails."""
+def make_all(averages: Sequence[Average], out: Path, service: Mapping[str, str]) -> dict[str, Path]:
+    """Runs `merger submit --wait` for each average; returns the folders of the results by title, made anew."""
+    return {average.title: _make(average, out, service) for average in averages}
+
+
+def make_along(steps: list[int], out: Path, service: Mapping[str, str]) -> dict[int, Path]:
+    """LAWA as it would have been during the training: at every step that has enough checkpoints behind it.
+
+    All of them are queued at once and waited for.
+    """
+    ends = steps[WINDOW - 1 :]
+    print(f"$ merger submit lawa.yaml --set end=STEP   for {len(ends)} steps, {ends[0]} to {ends[-1]}", flush=True)
+    averages = {end: Average("", "lawa.yaml", f"along/step-{end:04d}", (f"end={end}",)) for end in ends}
+    jobs = [_merger(["submit", *_arguments(average, out)], service).strip() for average in averages.values()]
+    for job in jobs:
+        _merger(["watch", job], service)
+    return {end: out / average.folder for end, average in averages.items()}
+
+
+def _make(average: Average, out: Path, service: Mapping[str, str]) -> Path:
+    arguments = ["submit", *_arguments(average, out), "--wait"]
+    print("$", shlex.join(["merger", *arguments]), flush=True)
+    _merger(arguments, service)
+    return out / average.folder
+
+
+def _arguments(average: Average, out: Path) -> list[str]:
+    """The recipe as a path from here, the changes, and the output, whose folder is removed where it is there."""
     folder = out / average.folder
     if folder.exists():
         shutil.rmtree(folder)
-    arguments = _arguments(average, folder)
-    if not quiet:
-        print("$", shlex.join(["merger", *arguments]), flush=True)
-    done = subprocess.run([_command(), *arguments], capture_output=True, text=True, check=False)
+    changes = [word for change in average.changes for word in ("--set", change)]
+    return [str((RECIPES / average.recipe).relative_to(Path.cwd())), *changes, "-o", str(folder)]
+
+
+def _merger(arguments: Sequence[str], service: Mapping[str, str]) -> str:
+    """What the command prints. Exits where it fails."""
+    done = subprocess.run([merger(), *arguments], env=service, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{shlex.join(['merger', *arguments])} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
-    return folder
-
-
-def make_along(steps: list[int], out: Path) -> dict[int, Path]:
-    """LAWA as it would have been during the training: at every step that has enough checkpoints behind it."""
-    ends = steps[WINDOW - 1 :]
-    print(f"$ merger run lawa.yaml --set end=STEP   for {len(ends)} steps, {ends[0]} to {ends[-1]}", flush=True)
-    return {
-        end: make(Average("", "lawa.yaml", f"along/step-{end:04d}", (f"end={end}",)), out, quiet=True) for end in ends
-    }
-
-
-def _arguments(average: Average, folder: Path) -> list[str]:
-    """What stands behind `merger`: the recipe as a path from here, the changes, the output."""
-    changes = [word for change in average.changes for word in ("--set", change)]
-    return ["run", str((RECIPES / average.recipe).relative_to(Path.cwd())), *changes, "-o", str(folder)]
-
-
-def _command() -> Path:
-    """The `merger` of the interpreter that runs this. Exits where it is not installed."""
-    command = Path(sys.executable).parent / "merger"
-    if not command.is_file():
-        sys.exit(f"{command} is missing: run this with `make demo`, or install the project first")
-    return command
+    return done.stdout

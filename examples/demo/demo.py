@@ -1,7 +1,8 @@
-"""The whole idea on one small machine: train, average the checkpoints with `merger`, see what predicts best.
+"""The whole idea on one small machine: train, average the checkpoints as jobs of a service, see what predicts best;
+then make experts and more layers of the last one, and train on.
 
-Knows the order of things. Knows nothing of how any of them is done: text, train, averages, evaluate, results and
-picture stand beside it.
+Knows the order of things. Knows nothing of how any of them is done: text, train, service, averages, surgery, evaluate,
+results and picture stand beside it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from averages import AVERAGES, WINDOW, make, make_along
+from averages import AVERAGES, WINDOW, make_all, make_along
 from evaluate import HeldOut, hold_out, score
-from picture import draw
-from results import Results, as_json, markdown, table, verdict
+from picture import draw, draw_continued
+from results import Results, as_json, continued_markdown, markdown, table, verdict
+from service import serving
+from surgery import SEED_SHIFT, Continued, continue_all, operate
 from text import Corpus, collect
 from train import Settings, train
 
@@ -37,11 +40,14 @@ def main() -> None:
     corpus = collect()
     _train(corpus, settings)
     checkpoints = {int(path.name.removeprefix("step-")): path for path in sorted(RUN.glob("step-*"))}
-    averages = {average.title: make(average, OUT) for average in AVERAGES}
-    along = make_along(list(checkpoints), OUT)
+    with serving(OUT / "service") as service:
+        averages = make_all(AVERAGES, OUT, service)
+        along = make_along(list(checkpoints), OUT, service)
     held_out = hold_out([d.text for d in corpus.held_out], checkpoints[settings.every], settings.context, WINDOWS)
     results = _evaluate(checkpoints, along, averages, held_out)
-    _report(results, _facts(corpus, held_out, settings, time.monotonic() - begun))
+    models = operate(OUT, checkpoints[max(checkpoints)])
+    continued = continue_all(models, [d.text for d in corpus.train], held_out, settings)
+    _report(results, continued, _facts(corpus, held_out, settings, time.monotonic() - begun))
 
 
 def _seed() -> int:
@@ -85,15 +91,19 @@ def _facts(corpus: Corpus, held_out: HeldOut, settings: Settings, seconds: float
     }
 
 
-def _report(results: Results, facts: Mapping[str, object]) -> None:
-    """Prints the table; writes it as `results.md`, `results.json` and `demo.png`."""
+def _report(results: Results, continued: Mapping[str, Continued], facts: Mapping[str, object]) -> None:
+    """Prints the tables; writes them as `results.md`, `results.json`, `surgery.md`, and draws both pictures."""
     about = f"Held-out text: {facts['held_out_tokens']:,} tokens. ± is one standard error over its windows."
     (OUT / "results.json").write_text(as_json(results, facts))
     (OUT / "results.md").write_text(markdown(results, about))
     draw(results, OUT / "demo.png", WINDOW)
+    surgery = continued_markdown(continued, f"{about} Seed of the batches: {SEED_SHIFT} after that of the training.")
+    (OUT / "surgery.md").write_text(surgery)
+    draw_continued(continued, OUT / "surgery.png")
+    print(f"\n{surgery}")
     print(f"\n{table(results)}\n\n{verdict(results)}\n{about}\n")
     print(f"{facts['seconds']} seconds in all")
-    print(f"picture: {OUT / 'demo.png'}")
+    print(f"pictures: {OUT / 'demo.png'}, {OUT / 'surgery.png'}")
     print(f"report:  {OUT / 'lawa-6' / 'report.html'}")
 
 

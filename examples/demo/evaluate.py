@@ -74,7 +74,11 @@ def hold_out(texts: Sequence[str], folder: Path, context: int, count: int) -> He
 
 def score(folder: Path, held_out: HeldOut) -> Score:
     """Predicts the windows with the checkpoint in `folder`. Raises ValueError where that is not complete."""
-    model = load(folder)
+    return score_model(load(folder), held_out)
+
+
+def score_model(model: torch.nn.Module, held_out: HeldOut) -> Score:
+    """Predicts the windows with a model that is ready to predict."""
     with torch.inference_mode():
         losses = torch.cat([_losses(model, batch) for batch in held_out.windows.split(BATCH)])
     return Score(losses, held_out.predicted_bytes / held_out.predicted_tokens)

@@ -11,6 +11,7 @@ from evaluate import Score
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Results
+from surgery import Continued
 
 INK, SOFT, GRID = "#1f2933", "#69778a", "#e4e8ee"
 CHECKPOINTS, AVERAGED, WORSE = "#8a97a8", "#0b7a75", "#c2410c"
@@ -38,6 +39,26 @@ def draw(results: Results, path: Path, window: int) -> None:
         along, against = figure.subplots(1, 2, width_ratios=(1.35, 1))
         _draw_curves(along, results, window)
         _draw_gains(against, results)
+        figure.savefig(path)
+
+
+def draw_continued(continued: Mapping[str, Continued], path: Path) -> None:
+    """Writes a PNG of 1600 pixels: the losses of the three models, by steps and by seconds of training."""
+    colours = dict(zip(continued, (CHECKPOINTS, AVERAGED, WORSE), strict=True))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), dpi=200, facecolor="white", layout="constrained")
+        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        for name, model in continued.items():
+            losses = [score.loss for score in model.scores.values()]
+            last = max(model.scores)
+            seconds = [model.seconds * step / last for step in model.scores]
+            for axes, along in ((by_step, list(model.scores)), (by_time, seconds)):
+                axes.plot(along, losses, color=colours[name], marker="o", markersize=3.5, linewidth=1.8, label=name)
+        by_step.set_title("Held-out loss of the same checkpoint, continued", loc="left", fontsize=11, fontweight="bold")
+        by_step.set_xlabel("further steps")
+        by_step.set_ylabel("nats per token")
+        by_time.set_xlabel("seconds of training on this machine")
+        by_time.legend(frameon=False, labelcolor="linecolor")
         figure.savefig(path)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluate import Score
+from surgery import Continued
 
 HEADERS = ("", "loss (nats/token)", "perplexity", "bits/byte", "loss against the last checkpoint")
 
@@ -76,6 +77,26 @@ def markdown(results: Results, about: str) -> str:
     lines = [HEADERS, ("---", *["---:"] * (len(HEADERS) - 1)), *rows(results)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"# Averages of checkpoints against the checkpoints\n\n{body}\n\n{verdict(results)}\n\n{about}\n"
+
+
+def continued_markdown(continued: Mapping[str, Continued], about: str) -> str:
+    """A page with what became of the dense, the upcycled and the expanded model."""
+    dense = continued["dense"]
+    last = max(dense.scores)
+    lines = [
+        ("", "parameters", "trained", "loss at first", f"after {last} steps", "against dense", "seconds"),
+        ("---", *["---:"] * 6),
+    ]
+    for name, model in continued.items():
+        gain, error = model.scores[last].minus(dense.scores[last])
+        against = "" if model is dense else f"{gain:+.4f} ± {error:.4f}"
+        sizes = f"{model.parameters / 1e6:.2f} M", f"{model.trained / 1e6:.2f} M"
+        losses = f"{model.scores[0].loss:.4f}", f"{model.scores[last].loss:.4f}"
+        lines.append((name, *sizes, *losses, against, f"{model.seconds:.0f}"))
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    proofs = "\n".join(f"- {name}: {model.proof}" for name, model in continued.items() if model.proof)
+    title = "One checkpoint, continued in three ways"
+    return f"# {title}\n\n{body}\n\nProofs of parity before training:\n\n{proofs}\n\n{about}\n"
 
 
 def verdict(results: Results) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,7 +60,7 @@ def train(texts: Sequence[str], digest: str, folder: Path, settings: Settings) -
     model = build(settings, tokenizer)
     size = f"{model.num_parameters() / 1e6:.1f} M parameters"
     print(f"training {size} for {settings.steps} steps on {len(tokens) / 1e6:.1f} M tokens", flush=True)
-    for step in _optimise(model, tokens, settings):
+    for step in optimise(model, tokens, settings):
         if step % settings.every == 0:
             _save(model, tokenizer, folder / f"step-{step:04d}")
     (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
@@ -111,10 +111,11 @@ def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def _optimise(model: LlamaForCausalLM, tokens: torch.Tensor, settings: Settings) -> Iterator[int]:
-    """Takes the steps; yields the number of each as soon as it is taken."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+def optimise(model: PreTrainedModel, tokens: torch.Tensor, settings: Settings) -> Iterator[int]:
+    """Takes the steps, on what may be trained of the model; yields the number of each as soon as it is taken."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": settings.weight_decay},
