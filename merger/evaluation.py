@@ -188,13 +188,21 @@ TASKS: dict[str, type[Measured]] = {
 @dataclass(frozen=True)
 class Score:
     """What an evaluation came to: metrics; of the items the sums (nats, hits) and the sizes (tokens, 1), in the order
-    of the data, whose ratio is the task's first metric. `unit` says what a size counts.
+    of the data, whose ratio is the task's first metric. `unit` says what a size counts. `slopes` are those of the loss
+    along models, where they were asked for.
     """
 
     metrics: Mapping[str, float]
     unit: str
     sums: tuple[float, ...]
     sizes: tuple[float, ...]
+    slopes: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Score":
+        """The score from its fields as JSON has them. Raises KeyError and TypeError."""
+        lists = {name: tuple(data[name]) for name in ("sums", "sizes", "slopes")}
+        return cls(metrics=data["metrics"], unit=data["unit"], **lists)
 
     @property
     def count(self) -> int:

@@ -38,8 +38,7 @@ class Remembered:
 
     def get(self, key: str) -> Score | None:
         try:
-            found = json.loads((self._folder / f"{key}.json").read_text())
-            return Score(found["metrics"], found["unit"], tuple(found["sums"]), tuple(found["sizes"]))
+            return Score.of(json.loads((self._folder / f"{key}.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError):
             return None  # not there, or not whole: it is measured again
 
@@ -54,12 +53,13 @@ def own_memory() -> Remembered:
     return Remembered(Path(cache).expanduser() / "merger" / "scores")
 
 
-def key_of(candidate: str | Method, evaluation: Measured, sources: Sources) -> str:
-    """A digest of the model as it is, the evaluation with its data, and the versions of what measures.
+def key_of(candidate: str | Method, evaluation: Measured, sources: Sources, along: Sequence[str | Method] = ()) -> str:
+    """A digest of the model as it is, the evaluation with its data, and the versions of what measures; of the models
+    along which slopes are wanted, too.
 
     Raises RequestError where the candidate cannot be made.
     """
-    return key_from(key_of_model(candidate, sources), evaluation)
+    return key_from("".join(key_of_model(model, sources) for model in (candidate, *along)), evaluation)
 
 
 def key_of_model(model: str | Method, sources: Sources) -> str:
@@ -91,24 +91,35 @@ class LocalJudge(Judge):
         self._process: subprocess.Popen[str] | None = None
         self._complaints: IO[str] | None = None
 
-    def score(self, candidate: str | Method, evaluation: Measured, key: str | None = None) -> Score:
+    def score(
+        self,
+        candidate: str | Method,
+        evaluation: Measured,
+        key: str | None = None,
+        along: Sequence[str | Method] = (),
+    ) -> Score:
         key_given = key is not None
-        key = key or key_of(candidate, evaluation, self._sources)
+        key = key or key_of(candidate, evaluation, self._sources, along)
         known = self._memory.get(key)
         if known is None:
-            known = self._measure(candidate, evaluation, "the result" if key_given else _label(candidate))
+            known = self._measure(candidate, evaluation, "the result" if key_given else _label(candidate), along)
             self._memory.put(key, known)
         return known
 
-    def _measure(self, candidate: str | Method, evaluation: Measured, label: str) -> Score:
+    def _measure(
+        self, candidate: str | Method, evaluation: Measured, label: str, along: Sequence[str | Method]
+    ) -> Score:
         self._tell(f"measuring {label}")
-        source = candidate if isinstance(candidate, str) else candidate.model_dump(mode="json", by_alias=True)
-        settings = evaluation.model_dump(mode="json")
-        answer = self._ask({"source": source, "evaluation": settings, "roots": self._roots}, label)
+        request = {
+            "source": _as_data(candidate),
+            "along": [_as_data(model) for model in along],
+            "evaluation": evaluation.model_dump(mode="json"),
+            "roots": self._roots,
+        }
+        answer = self._ask(request, label)
         if "error" in answer:
             raise error_of(answer["error"])
-        found = answer["score"]
-        return Score(found["metrics"], found["unit"], tuple(found["sums"]), tuple(found["sizes"]))
+        return Score.of(answer["score"])
 
     def _ask(self, request: dict[str, Any], label: str) -> dict[str, Any]:
         process = self._started()
@@ -171,6 +182,10 @@ class LocalJudge(Judge):
         if kind is not None and self._process is not None:
             self._process.kill()  # whatever it measures, nobody waits for it
         self.close()
+
+
+def _as_data(model: str | Method) -> Any:
+    return model if isinstance(model, str) else model.model_dump(mode="json", by_alias=True)
 
 
 def _label(candidate: str | Method) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceError, UnsupportedModel
 from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Score, Text
 from merger.loading import Loaded, load
-from merger.methods.method import Method
+from merger.methods.method import Method, Sources, open_source
 from merger.rows import field_of, ids_of, rows_of
 from merger.sizes import parameters
 from merger.sources import LocalSources, Roots
@@ -51,13 +51,24 @@ def _computed(
 ) -> Iterator[tuple[list[Item], torch.Tensor, Any]]:
     """Each batch with its tokens and the model's logits for them, in float64 on the CPU."""
     done = 0
-    with torch.inference_mode():
+    with torch.inference_mode(not _differentiates(loaded)):
         for batch in _batches(items, size):
             tokens = torch.tensor([ids for _, ids in batch], device=loaded.device)
             logits = loaded.model(input_ids=tokens).logits
             yield batch, tokens, logits.double()
             done += len(batch)
             say(done, len(items))
+
+
+def _differentiates(loaded: Loaded) -> bool:
+    return any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def _numbers(losses: torch.Tensor) -> list[float]:
+    """Losses as numbers; where gradients are wanted, added to those of the parameters."""
+    if losses.requires_grad:
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+    return losses.tolist()
 
 
 # ---- tasks --------------------------------------------------------------------------------------------
@@ -69,7 +80,7 @@ def text(evaluation: Text, loaded: Loaded, say: Say) -> Score:
     nats = [0.0] * len(windows)
     for batch, tokens, logits in _computed(loaded, list(enumerate(windows)), evaluation.batch_size, say):
         losses = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").sum(1)
-        for (place, _), loss in zip(batch, losses.tolist(), strict=True):
+        for (place, _), loss in zip(batch, _numbers(losses), strict=True):
             nats[place] = loss
     tokens_of = tuple(float(len(window) - 1) for window in windows)
     loss = math.fsum(nats) / sum(tokens_of)
@@ -135,7 +146,7 @@ def classification(evaluation: Classification, loaded: Loaded, say: Say) -> Scor
     for batch, _, logits in _computed(loaded, items, evaluation.batch_size, say):
         wanted = torch.tensor([labels[place] for place, _ in batch], device=logits.device)
         right = (logits.argmax(1) == wanted).tolist()
-        losses = cross_entropy(logits, wanted, reduction="none").tolist()
+        losses = _numbers(cross_entropy(logits, wanted, reduction="none"))
         for (place, _), hit, loss in zip(batch, right, losses, strict=True):
             hits[place], nats[place] = float(hit), loss
     return _of_examples(hits, nats, "examples")
@@ -172,8 +183,20 @@ def preferences(evaluation: Preferences, loaded: Loaded, say: Say) -> Score:
         for (place, _), reward in zip(batch, logits[:, 0].tolist(), strict=True):
             rewards[place] = reward
     margins = [a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
+    if _differentiates(loaded):
+        _follow(loaded, items, margins, evaluation)
     nats = (-logsigmoid(torch.tensor(margins, dtype=torch.float64))).tolist()
     return _of_examples([0.5 if m == 0 else float(m > 0) for m in margins], nats, "pairs")
+
+
+def _follow(loaded: Loaded, items: Sequence[Item], margins: Sequence[float], evaluation: Preferences) -> None:
+    """Add the gradients of all pairs to those of the parameters, in a second pass: the two of a pair may be of
+    different lengths, and so of different batches.
+    """
+    slopes = (torch.tensor(margins, dtype=torch.float64).sigmoid() - 1).tolist()
+    for batch, _, logits in _computed(loaded, items, evaluation.batch_size, lambda _done, _total: None):
+        factors = [slopes[place // 2] * (1 - 2 * (place % 2)) for place, _ in batch]
+        _numbers(logits[:, 0] * torch.tensor(factors, dtype=torch.float64, device=logits.device))
 
 
 def _some(items: Sequence[Item], evaluation: Classification | Preferences) -> None:
@@ -224,11 +247,22 @@ _KINDS = {
 }
 
 
-def score(checkpoint: Checkpoint, evaluation: Measured, say: Say = lambda _done, _total: None) -> Score:
-    """What an evaluation says of a checkpoint. Raises RequestError."""
-    task = getattr(evaluation, "task")  # noqa: B009
-    _check_memory(checkpoint)
-    loaded = load(checkpoint, _KINDS[task], evaluation.dtype, evaluation.device)
+def score(
+    checkpoint: Checkpoint,
+    evaluation: Measured,
+    say: Say = lambda _done, _total: None,
+    along: Sequence[Checkpoint] = (),
+) -> Score:
+    """What an evaluation says of a checkpoint, with the slopes of its loss along others. Raises RequestError."""
+    kind = _KINDS[getattr(evaluation, "task")]  # noqa: B009
+    _check_memory(checkpoint, 3 if along else 1)
+    loaded = load(checkpoint, kind, evaluation.dtype, evaluation.device)
+    loaded.model.requires_grad_(bool(along))
+    found = _score(evaluation, loaded, say)
+    return replace(found, slopes=tuple(_slope(loaded, other, kind, evaluation) / sum(found.sizes) for other in along))
+
+
+def _score(evaluation: Measured, loaded: Loaded, say: Say) -> Score:
     match evaluation:
         case Text():
             return text(evaluation, loaded, say)
@@ -238,12 +272,27 @@ def score(checkpoint: Checkpoint, evaluation: Measured, say: Say = lambda _done,
             return preferences(evaluation, loaded, say)
         case Harness():
             return harness(evaluation, loaded, say)
-    raise ValueError(f"no task {task!r}")
+    raise TypeError(f"no task of {type(evaluation).__name__}")
 
 
-def _check_memory(checkpoint: Checkpoint) -> None:
-    """A model is in memory in float32, and while it loads once more as it is stored. Raises NotEnoughMemory."""
-    needed = 4 * parameters(checkpoint) + sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+def _slope(loaded: Loaded, along: Checkpoint, kind: str, evaluation: Measured) -> float:
+    """The sum over all parameters of gradient * value in the other model, in float64."""
+    values = dict(load(along, kind, evaluation.dtype, evaluation.device).model.named_parameters())
+    with torch.no_grad():
+        products = [
+            (parameter.grad.double() * values[name].double()).sum().item()
+            for name, parameter in loaded.model.named_parameters()
+            if parameter.grad is not None
+        ]
+    return math.fsum(products)
+
+
+def _check_memory(checkpoint: Checkpoint, models: int) -> None:
+    """So many models are in memory in float32, and while one loads it is once more as it is stored.
+
+    Raises NotEnoughMemory.
+    """
+    needed = models * 4 * parameters(checkpoint) + sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     free = free_memory()
     if needed > free:
         raise NotEnoughMemory(
@@ -261,15 +310,18 @@ def _answers(requests: Iterable[str]) -> Iterator[dict[str, Any]]:
         request = json.loads(line)
         sources = LocalSources(Roots(map(Path, request["roots"])))
         try:
-            source = request["source"]
-            recipe = source if isinstance(source, str) else Method.model_validate(source)
-            [member] = sources.members([recipe])
-            found = score(sources.open(member), _EVALUATION.validate_python(request["evaluation"]), _tell)
+            evaluation = _EVALUATION.validate_python(request["evaluation"])
+            checkpoint, *along = (_opened(sources, source) for source in (request["source"], *request["along"]))
+            found = score(checkpoint, evaluation, _tell, along)
             yield {"score": asdict(found)}
         except MergerError as error:
             told = {"message": error.message, "where": error.where, "remedy": error.remedy}
             yield {"error": {"kind": type(error).__name__, **told}}
         gc.collect()
+
+
+def _opened(sources: Sources, source: Any) -> Checkpoint:
+    return open_source(sources, source if isinstance(source, str) else Method.model_validate(source))
 
 
 def _tell(done: int, total: int) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from merger.checkpoint import open_checkpoint
 from merger.errors import NotEnoughMemory, SourceError, UnsupportedModel
 from merger.evaluation import Classification, Harness, Preferences, Text
 from merger.loading import state_dict
+from merger.methods.combination import weighted_sum
 from merger.methods.method import Member
 from merger.methods.soups import Soup
 from merger.scoring import score
@@ -189,6 +191,36 @@ def test_preferences_count_the_pairs_that_stand_the_right_way(tmp_path):
     assert found.sums == (float(margins[0] > 0), float(margins[1] > 0), 0.5)
     wanted = sum(math.log1p(math.exp(-margin)) for margin in margins) / 3
     assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+# ---- slopes -------------------------------------------------------------------------------------------
+
+
+ROWS = [{"chosen": "yes", "rejected": "no, not at all", "text": "up we go", "label": i % 2} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("AutoModelForCausalLM", Text), (None, Classification), (None, Preferences)],
+)
+def test_slopes_are_how_the_loss_grows_along_other_models(kind, task, tmp_path):
+    labels = 1 if task is Preferences else 2
+    for seed in range(3):
+        if kind:
+            tiny.save(tmp_path / f"m{seed}", "llama", seed=seed, vocab_size=260)
+            tiny.byte_tokenizer(tmp_path / f"m{seed}")
+        else:
+            classifier(tmp_path / f"m{seed}", labels, seed)
+    evaluation = task(data=jsonl(tmp_path / "d.jsonl", *ROWS), batch_size=2)
+    models = [open_checkpoint(tmp_path / f"m{seed}") for seed in range(3)]
+    found = score(models[0], evaluation, along=models)
+    assert len(found.slopes) == 3
+    assert replace(found, slopes=()) == replace(score(models[0], evaluation), slopes=())
+    step = 1e-3
+    for along, slope in zip(models, found.slopes, strict=True):
+        ends = [score(weighted_sum([models[0], along], [1.0, sign * step]), evaluation) for sign in (1, -1)]
+        rise = (ends[0].metrics["loss"] - ends[1].metrics["loss"]) / (2 * step)
+        assert slope == pytest.approx(rise, rel=0.02, abs=2e-4)
 
 
 # ---- what cannot be measured --------------------------------------------------------------------------

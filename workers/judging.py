@@ -6,6 +6,7 @@ in the order of the candidates, so that the same is chosen by any number of work
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,21 @@ from workers.resources import Request
 _RETRIES = 3  # of a task whose process dies
 
 
-def measure(
-    candidate: str | Method, evaluation: Measured, key: str | None, folder: Path, roots: Sequence[Path], place: Path
-) -> Score:
+def measure(ask: "_Ask", folder: Path, roots: Sequence[Path], place: Path) -> Score:
     """What a task does: the score of one candidate, from a process of its own. `place` is where paths begin."""
     os.chdir(place)
     with LocalJudge(LocalSources(Roots(roots)), Remembered(folder), lambda _text: None, roots) as judge:
-        return judge.score(candidate, evaluation, key)
+        return judge.score(ask.candidate, ask.evaluation, ask.key, ask.along)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What a judge is asked."""
+
+    candidate: str | Method
+    evaluation: Measured
+    key: str | None = None
+    along: Sequence[str | Method] = ()
 
 
 class RayJudge(Judge):
@@ -45,25 +54,31 @@ class RayJudge(Judge):
         self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
         self._left: list[Any] = []
 
-    def score(self, candidate: str | Method, evaluation: Measured, key: str | None = None) -> Score:
-        [score] = self._scores([candidate], evaluation, key)
+    def score(
+        self,
+        candidate: str | Method,
+        evaluation: Measured,
+        key: str | None = None,
+        along: Sequence[str | Method] = (),
+    ) -> Score:
+        [score] = self._answers([_Ask(candidate, evaluation, key, along)])
         return score
 
     def scores(self, candidates: Sequence[str | Method], evaluation: Measured) -> list[Score]:
-        return self._scores(candidates, evaluation, None)
+        return self._answers([_Ask(candidate, evaluation) for candidate in candidates])
 
-    def _scores(self, candidates: Sequence[str | Method], evaluation: Measured, key: str | None) -> list[Score]:
+    def _answers(self, asks: Sequence[_Ask]) -> list[Score]:
         self._connect()
         task: Any = ray.remote(measure).options(**self._options, max_retries=_RETRIES)
         place = Path.cwd()
-        self._left = [task.remote(one, evaluation, key, self._folder, self._roots, place) for one in candidates]
+        self._left = [task.remote(ask, self._folder, self._roots, place) for ask in asks]
         found: dict[Any, Score] = {}
         waiting = list(self._left)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=1.0)
             for reference in ready:
                 found[reference] = _result(reference)
-                self._say(f"measured {len(found)} of {len(candidates)}")
+                self._say(f"measured {len(found)} of {len(asks)}")
         scores = [found[reference] for reference in self._left]
         self._left = []
         return scores

@@ -87,8 +87,15 @@ class Judge(ABC):
     """Whoever measures candidates, each a model's reference or a recipe."""
 
     @abstractmethod
-    def score(self, candidate: "str | Method", evaluation: Measured, key: str | None = None) -> Score:
-        """The score of one; `key` where the caller knows better than its path what it is.
+    def score(
+        self,
+        candidate: "str | Method",
+        evaluation: Measured,
+        key: str | None = None,
+        along: "Sequence[str | Method]" = (),
+    ) -> Score:
+        """The score of one; `key` where the caller knows better than its path what it is. With the slopes of its loss
+        along the models of `along`: by how much it grows for each unit of theirs that is added to its weights.
 
         Raises RequestError and JobError.
         """

@@ -1,32 +1,40 @@
 """Averages of fine-tunes, chosen by what they score where the recipe asks for it.
 
-Knows which models enter and in what order they are tried; measures nothing itself.
+Knows what each of these methods is made of; how models are chosen is elsewhere.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from merger.checkpoint import Checkpoint
-from merger.errors import SourceError, UnsupportedModel
-from merger.evaluation import Chooser, Measured
+from merger.errors import RecipeError, SourceError, UnsupportedModel
+from merger.evaluation import Chooser, Harness, Measured
 from merger.methods.fine_tunes import check_function, sum_of_fine_tunes
-from merger.methods.method import Checkpoints, Choice, Judge, Means, Method, Source, Sources, Tried, open_source
+from merger.methods.method import Checkpoints, Choice, Means, Method, Source, Sources, open_source
+from merger.methods.selection import greedy, learned
 from merger.stages import Training
 
 
 class Selecting(Method):
-    """The mean of models of which some may be left out."""
+    """The mean of models of which some may be left out, or count for more than others."""
 
-    selection: Literal["uniform", "greedy"] = Field(
+    selection: Literal["uniform", "greedy", "learned"] = Field(
         default="uniform",
-        description="uniform: all. greedy: from the best on, each that leaves the mean at least as good (`>=`).",
+        description="uniform: all. greedy: from the best on, each that leaves the mean at least as good (`>=`). "
+        "learned: with the weights that gradient descent finds.",
     )
     select_on: Chooser | None = Field(
-        default=None, description="By what greedy chooses: held-out data, others than those of `evaluate`."
+        default=None, description="By what models are chosen: held-out data, others than those of `evaluate`."
+    )
+    learning_steps: int = Field(
+        default=20, ge=1, description="Steps of `selection: learned`, each a pass over `select_on`, forward and back."
+    )
+    weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        default=None, description="With `selection: uniform`: how much each model counts; equally without."
     )
 
     #: The field that holds the models.
@@ -36,6 +44,12 @@ class Selecting(Method):
     def _data_to_choose_by(self) -> Self:
         if self.selection != "uniform" and self.select_on is None:
             raise ValueError(f"selection: {self.selection} chooses by a score: say in `select_on` by which")
+        if self.selection != "uniform" and self.weights is not None:
+            raise ValueError(f"selection: {self.selection} finds the weights itself: leave `weights` out")
+        if self.selection == "learned" and isinstance(self.select_on, Harness):
+            raise ValueError("selection: learned follows the gradient of a loss, which tasks of the harness have not")
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError("all `weights` are zero")
         return self
 
     def evaluations(self) -> tuple[Measured, ...]:
@@ -45,48 +59,35 @@ class Selecting(Method):
         if not self.evaluations() or self.select_on is None:
             return self, ()
         models = [member.origin for member in means.sources.members(getattr(self, self.candidates))]
-        kept, choice = greedy(models, self.select_on, means.judge)
-        return self.model_copy(update={self.candidates: kept, "selection": "uniform", "select_on": None}), (choice,)
+        if self.selection == "greedy":
+            kept, weights, choice = greedy(models, _mean, self.select_on, means.judge)
+        else:
+            kept, weights, choice = learned(models, _mean, self.select_on, means.judge, self.learning_steps)
+        made = {self.candidates: kept, "weights": weights, "selection": "uniform", "select_on": None}
+        return self.model_copy(update=made), (choice,)
 
     def mean(self, models: Sequence[Checkpoint], base: Checkpoint | None = None) -> Checkpoint:
         """The mean of all; where some will be left out, the plan says that it is not known yet which."""
-        made = sum_of_fine_tunes(models, [1.0 / len(models)] * len(models), base)
+        weights = self.weights or [1.0] * len(models)
+        if len(weights) != len(models):
+            raise RecipeError(f"are {len(weights)} for {len(models)} models", where="weights")
+        made = sum_of_fine_tunes(models, [weight / sum(weights) for weight in weights], base)
         if not self.evaluations():
             return made
-        return made.noting(f"this is the mean of all {len(models)}: which of them enter is chosen by score in the run")
+        return made.noting(f"this is the mean of all {len(models)}: what enters is chosen by score in the run")
 
 
-def greedy(models: Sequence[str | Method], evaluation: Measured, judge: Judge) -> tuple[list[str | Method], Choice]:
-    """The models whose mean scores best when they are added from the best on, each kept where the mean does not get
-    worse (section 2 of the paper: `>=`; its published code has `>`). Equal scores keep the order of the recipe, and so
-    do the models that are kept.
-    """
-    alone = judge.scores(list(models), evaluation)
-    values = [score.metrics[evaluation.by] for score in alone]
-    order = sorted(range(len(values)), key=lambda i: (values[i] if evaluation.lower_is_better else -values[i], i))
-    kept, best = [order[0]], values[order[0]]
-    steps = [Tried(_label(models[order[0]]), alone[order[0]].metrics, True)]
-    for i in order[1:]:
-        candidate = Soup(models=[models[j] for j in sorted([*kept, i])])
-        [score] = judge.scores([candidate], evaluation)
-        value = score.metrics[evaluation.by]
-        accepted = not evaluation.better(best, value)
-        steps.append(Tried(f"+ {_label(models[i])}", score.metrics, accepted))
-        if accepted:
-            kept, best = sorted([*kept, i]), value
-    singles = [Tried(_label(model), score.metrics) for model, score in zip(models, alone, strict=True)]
-    return [models[i] for i in kept], Choice("greedy soup", evaluation.by, tuple(singles), tuple(steps))
-
-
-def _label(model: str | Method) -> str:
-    return model if isinstance(model, str) else f"({model.method})"
+def _mean(models: Sequence[str | Method], weights: list[float] | None) -> Method:
+    return Soup(models=list(models), weights=weights)
 
 
 # ---- the methods --------------------------------------------------------------------------------------
 
 
 class Soup(Selecting):
-    """The mean of fine-tunes of one model: of all of them, or of those that do not lower the score (greedy)."""
+    """The mean of fine-tunes of one model: of all of them, of those that do not lower the score (greedy), or with
+    learned weights.
+    """
 
     method: Literal["soup"] = "soup"
     models: Checkpoints = Field(description="The fine-tunes: a pattern or a list.")

@@ -21,7 +21,7 @@ class Bowl(Judge):
     def __init__(self, formula, metric="loss"):
         self.formula, self.metric, self.asked = formula, metric, []
 
-    def score(self, candidate, evaluation, key=None):
+    def score(self, candidate, evaluation, key=None, along=()):
         self.asked.append(candidate)
         value = self.formula(candidate)
         return Score({self.metric: value}, "tokens", (value,), (1.0,))

@@ -1,77 +1,21 @@
-"""Which models a greedy soup keeps: the rule of the paper, by scores that the test makes up."""
+"""Soups in recipes: what is chosen is settled before the plan, and what cannot be is refused."""
 
-import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from merger.errors import RecipeError
-from merger.evaluation import Classification, Score, Text
+from merger.evaluation import Text
 from merger.methods.averaging import Lawa
-from merger.methods.method import Judge, Means, Trainer, all_evaluations, settled
-from merger.methods.soups import Ratatouille, Soup, greedy
+from merger.methods.method import Means, Trainer, all_evaluations, settled
+from merger.methods.soups import Ratatouille, Soup
 from merger.recipe import make_document
 from merger.sources import LocalSources
+from tests.checkpoints import write_model
+from tests.judges import Table, table
 
 TEXT = Text(data=["held-out.txt"])
-ACCURACY = Classification(data=["held-out.jsonl"])
-
-
-class Table(Judge):
-    """Scores by the models that a candidate is the mean of; counts what it was asked for."""
-
-    def __init__(self, metric, values):
-        self.metric, self.values, self.asked = metric, values, []
-
-    def score(self, candidate, evaluation, key=None):
-        models = (candidate,) if isinstance(candidate, str) else tuple(candidate.models)
-        self.asked.append(models)
-        value = self.values[frozenset(models)]
-        return Score({self.metric: value}, "tokens", (value,), (1.0,))
-
-
-def table(metric="loss", **values):
-    return Table(metric, {frozenset(models): value for models, value in values.items()})
-
-
-def test_models_are_tried_from_the_best_on_and_kept_where_the_mean_is_no_worse():
-    judge = table(a=3.0, b=1.0, c=2.0, bc=0.9, abc=0.95)
-    kept, choice = greedy(["a", "b", "c"], TEXT, judge)
-    assert kept == ["b", "c"]
-    assert [(step.name, step.taken) for step in choice.steps] == [("b", True), ("+ c", True), ("+ a", False)]
-    assert [row.metrics["loss"] for row in choice.alone] == [3.0, 1.0, 2.0]
-
-
-def test_an_equal_score_is_accepted():
-    assert greedy(["a", "b"], TEXT, table(a=1.0, b=2.0, ab=1.0))[0] == ["a", "b"]
-
-
-def test_more_accuracy_is_better():
-    judge = table("accuracy", a=0.6, b=0.7, ab=0.65)
-    kept, choice = greedy(["a", "b"], ACCURACY, judge)
-    assert (kept, choice.metric) == (["b"], "accuracy")
-
-
-def test_equal_models_are_tried_in_the_order_of_the_recipe():
-    judge = table(a=1.0, b=1.0, c=1.0, ab=0.9, abc=0.95)
-    assert greedy(["a", "b", "c"], TEXT, judge)[0] == ["a", "b"]
-
-
-MODELS = "abcd"
-SUBSETS = [frozenset(s) for n in range(1, 5) for s in itertools.combinations(MODELS, n)]
-
-
-@given(st.fixed_dictionaries({subset: st.integers(0, 5).map(float) for subset in SUBSETS}))
-def test_no_greedy_soup_is_worse_than_its_best_ingredient_and_no_candidate_is_asked_twice(values):
-    judge = Table("loss", values)
-    kept, _ = greedy(list(MODELS), TEXT, judge)
-    assert values[frozenset(kept)] <= min(values[frozenset(model)] for model in MODELS)
-    assert kept == sorted(kept)
-    assert len(judge.asked) == len({frozenset(models) for models in judge.asked}) == 2 * len(MODELS) - 1
-
-
-# ---- in recipes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -141,3 +85,50 @@ def test_what_is_required_of_the_result_is_not_said_where_models_are_chosen():
     chooser = {"task": "text", "data": "a.txt", "require": {"loss": "< 1"}}
     with pytest.raises(RecipeError, match=r"select_on: `require` and `better_than` are said of the result"):
         make_document({"method": "soup", "models": ["a", "b"], "selection": "greedy", "select_on": chooser})
+
+
+# ---- weights ------------------------------------------------------------------------------------------
+
+
+def test_a_learned_soup_is_settled_to_its_weights(folders):
+    class Slope(Table):
+        def score(self, candidate, evaluation, key=None, along=()):
+            found = super().score(candidate, evaluation, key)
+            return replace(found, slopes=(0.0, 1.0) if along else ())
+
+    judge = Slope("loss", {frozenset([folders["a"]]): 2.0, frozenset([folders["b"]]): 3.0})
+    judge.values[frozenset([folders["a"], folders["b"]])] = 1.0
+    soup = Soup(models=[folders["a"], folders["b"]], selection="learned", select_on=TEXT, learning_steps=3)
+    recipe, [choice] = settled(soup, means(judge))
+    assert recipe == Soup(models=soup.models, weights=[0.5, 0.5], learning_steps=3)
+    assert choice.steps[1].name == "weights 0.550 0.450"  # Adam's first step is its rate, whatever the slope
+
+
+def test_weights_count_by_their_share(tmp_path):
+    for i, value in enumerate([0.0, 4.0]):
+        write_model(tmp_path / f"m{i}", {"w": ("F32", (1,), np.float32(value).tobytes())})
+    models = [str(tmp_path / "m0"), str(tmp_path / "m1")]
+    made = Soup(models=models, weights=[3.0, 1.0]).build(LocalSources())
+    assert [part.weight for part in made.parts] == [0.75, 0.25]
+    with pytest.raises(RecipeError, match="weights: are 1 for 2 models"):
+        Soup(models=models, weights=[1.0]).build(LocalSources())
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (
+            {"selection": "learned", "select_on": {"task": "text", "data": "a"}, "weights": [1, 1]},
+            "leave `weights` out",
+        ),
+        ({"weights": [0, 0]}, "all `weights` are zero"),
+        ({"weights": [1, -1]}, "greater than or equal to 0"),
+        (
+            {"selection": "learned", "select_on": {"task": "harness", "tasks": ["arc"], "metric": "arc/acc"}},
+            "follows the gradient of a loss",
+        ),
+    ],
+)
+def test_weights_and_learning_that_make_no_sense_are_refused(more, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        make_document({"method": "soup", "models": ["a", "b"], **more})
