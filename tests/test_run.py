@@ -54,11 +54,26 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) for name in names}
 
 
+# The command on a disk that becomes slow after some shards: a run of these sizes is over in less time than it takes to
+# look at it from outside.
+SLOWLY = """
+import itertools, runpy, sys, time
+from merger import engine
+write, count = engine.write_receipt, itertools.count(1)
+def write_slowly(*arguments):
+    write(*arguments)
+    time.sleep(0.5 * (next(count) >= {wanted}))
+engine.write_receipt = write_slowly
+sys.argv = ["merger", "run", "recipe.yaml", "-o", {output!r}, "--threads", "1"]
+runpy.run_module("merger", run_name="__main__")
+"""
+
+
 def stop_after_some_shards(models: Path, output: str, with_signal: int) -> subprocess.Popen[str]:
     """Start a run, wait for a random number of receipts, and send a signal."""
-    command = [sys.executable, "-m", "merger", "run", "recipe.yaml", "-o", output, "--threads", "1"]
-    child = subprocess.Popen(command, cwd=models, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wanted = random.Random(output).randrange(1, SHARDS // 2)
+    command = [sys.executable, "-c", SLOWLY.format(wanted=wanted, output=output)]
+    child = subprocess.Popen(command, cwd=models, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
         wanted -= line.startswith("finished")

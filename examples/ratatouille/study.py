@@ -1,0 +1,74 @@
+"""What the comparison is made on: a base model, data of auxiliary tasks and of a target, and how results are measured.
+
+Knows files below a work folder and the `merger` command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MERGER = [sys.executable, "-m", "merger"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The files `data/NAME.jsonl` of the auxiliary tasks, of `target`, `validation` (of the target's domains) and
+    `unseen` (other domains), and the model `base`, below `work`. `factor` and `unit` are for people.
+    """
+
+    name: str
+    work: Path
+    auxiliary: tuple[str, ...]
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    metric: str
+    lower_is_better: bool
+    factor: float
+    unit: str
+
+    def data(self, name: str) -> str:
+        """A file of data, below the work folder."""
+        return f"data/{name}.jsonl"
+
+    def run(self, output: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Make a recipe's result in `output` with `merger run`; its manifest."""
+        path = self.work / f"{output.replace('/', '-')}.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "output": {"path": output}}, sort_keys=False))
+        self._merger(["run", path.name])
+        manifest: dict[str, Any] = json.loads((self.work / output / "merger.json").read_text())
+        return manifest
+
+    def scores(self, data: str, models: Sequence[str]) -> dict[str, float]:
+        """What models measure, by `merger evaluate`."""
+        found = json.loads(self._merger(["evaluate", *models, *self._options(data)]))
+        return {model: row["metrics"][self.metric] for model, row in found.items()}
+
+    def lines(self, data: str, models: Sequence[str]) -> list[dict[str, Any]]:
+        """What is measured on the line from each model to the next, by `merger connect`."""
+        found: list[dict[str, Any]] = json.loads(
+            self._merger(["connect", *models, "--points", "7", *self._options(data)])
+        )
+        return found
+
+    def best(self, values: dict[str, float], models: Sequence[str]) -> str:
+        """The best of models by what they measured."""
+        return (min if self.lower_is_better else max)(models, key=lambda model: values[model])
+
+    def _options(self, data: str) -> list[str]:
+        settings = {**self.evaluation, "data": self.data(data)}
+        return [*(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()), "--json"]
+
+    def _merger(self, arguments: Sequence[str]) -> str:
+        """Run the command in the work folder, where scores are remembered too."""
+        variables = {**os.environ, "XDG_CACHE_HOME": str(self.work / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [*MERGER, *arguments], cwd=self.work, check=True, stdout=subprocess.PIPE, text=True, env=variables
+        )
+        return done.stdout
