@@ -17,13 +17,13 @@ from study import Study
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY, CONTEXT = 768, 64
+VOCABULARY, CONTEXT = 512, 64
 LEAST, MOST = 200, 4000  # characters of a docstring that is taken
 TRAINING = {
     "task": "text",
     "context": CONTEXT,
     "batch_size": 16,
-    "steps": 120,
+    "steps": 100,
     "learning_rates": [1e-3, 1.5e-3, 2e-3],
     "dropouts": [0.0, 0.05, 0.1],
 }
@@ -44,7 +44,7 @@ def study(work: Path) -> Study:
 def _write_all(folder: Path) -> None:
     """Characters of each domain: little of the target, as fine-tunes have it."""
     base = list(_docstrings(Path(sysconfig.get_path("stdlib")), {"site-packages", "test", "idlelib", "lib2to3"}))
-    _write(folder / "base.jsonl", base, 1_200_000)
+    _write(folder / "base.jsonl", base, 600_000)
     for name in ("networkx", "matplotlib", "sympy"):
         _write(folder / f"{name}.jsonl", _of(name), 200_000)
     target = _of("numpy")
@@ -83,26 +83,20 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def _write(path: Path, texts: list[str], most: int) -> None:
-    """Rows with a text each, until there are so many characters."""
-    rows, size = [], 0
-    for text in texts:
-        rows.append(json.dumps({"text": text}))
-        size += len(text)
-        if size >= most:
-            break
-    path.write_text("\n".join(rows))
+    """One row with so many characters of texts, one after the other: its windows are all of one length but the last."""
+    path.write_text(json.dumps({"text": "\n\n".join(texts)[:most]}))
 
 
 def _pretrain(made: Study) -> None:
     """A language model of the base's texts, by the same stages that fine-tune: from random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(
         **sizes, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None
     )
     LlamaForCausalLM(config).save_pretrained(made.work / "random")
     _tokenizer(made.work / made.data("base")).save_pretrained(made.work / "random")
-    training = {**made.training, "target": made.data("base"), "folder": "pretraining", "runs": 1, "steps": 2500}
+    training = {**made.training, "target": made.data("base"), "folder": "pretraining", "runs": 1, "steps": 1500}
     training |= {"learning_rates": [3e-3], "dropouts": [0.0]}
     made.run("base", {"method": "ratatouille", "base": "random", "training": training})
 
