@@ -11,14 +11,15 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merger.errors import JobError
 from merger.judging import Tell, check_installed, error_of, key_of_model
 from merger.methods.method import Sources, Trainer
-from merger.stages import FINISHED, Stage, Training, labels_of_data, stages_of
+from merger.rows import field_of, rows_of
+from merger.stages import FINISHED, Stage, Training
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,27 @@ class Order:
             return False
 
 
-def orders_of(training: Training, base: str, sources: Sources) -> list[Order]:
+def orders_of(training: Training, models: Sequence[str], sources: Sources) -> list[Order]:
     """Every stage with its folder and digest, each after those that it needs. Raises RequestError."""
-    data = {*training.auxiliary.values(), training.target}
-    labels = {path: labels_of_data(path) for path in data} if training.task == "classification" else {}
-    keys, folders = {base: key_of_model(base, sources)}, {base: base}
+    classifies = training.task == "classification"
+    labels = {path: labels_of_data(path) for path in set(training.data_files)} if classifies else {}
+    keys = {model: key_of_model(model, sources) for model in models}
+    folders = {model: model for model in models}
     orders = []
-    for stage in stages_of(training, base, labels):
+    for plain in training.stages(models, with_head=classifies):
+        stage = replace(plain, labels=labels.get(plain.data, ()))
         folder = Path(training.folder).expanduser() / stage.name
         key = stage.key(keys)
         keys[stage.name], folders[stage.name] = key, str(folder)
         bodies = tuple((folders[name], weight) for name, weight in stage.bodies)
         orders.append(Order(stage, bodies, stage.head and folders[stage.head], folder, key))
     return orders
+
+
+def labels_of_data(path: str) -> tuple[str, ...]:
+    """The labels of rows, in the order of their numbers or names. Raises SourceError."""
+    found = {str(field_of(row, "label", where)) for where, row in rows_of([Path(path).expanduser()])}
+    return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
 
 
 def needs(order: Order) -> set[str]:
@@ -68,9 +77,9 @@ class LocalTrainer(Trainer):
         self._sources, self._tell = sources, tell
         self._roots = [str(root) for root in roots]
 
-    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+    def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         check_installed()
-        orders = orders_of(training, base, self._sources)
+        orders = orders_of(training, models, self._sources)
         in_order(orders, self._train, os.cpu_count() or 1)
         return models_of(training, orders)
 
@@ -80,9 +89,8 @@ class LocalTrainer(Trainer):
 
 
 def models_of(training: Training, orders: Sequence[Order]) -> tuple[list[str], list[str]]:
-    """The folders of the auxiliary models and of the targets."""
-    names = {f"auxiliary-{name}" for name in training.auxiliary}
-    auxiliary = [str(order.folder) for order in orders if order.stage.name in names]
+    """The folders of the auxiliary models and of those to average."""
+    auxiliary = [str(order.folder) for order in orders if order.stage.name in training.auxiliary_stages]
     return auxiliary, [str(order.folder) for order in orders[-training.runs :]]
 
 

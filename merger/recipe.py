@@ -22,8 +22,8 @@ from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.recycling import Recycling
 from merger.sources import LocalSources
-from merger.stages import Training
 from merger.tokenizer import difference
 
 
@@ -217,7 +217,7 @@ def _fields_of(holder: Any, root: str) -> list[str]:
     if root == "output" or not isinstance(holder, Mapping):
         return list(Output.model_fields)
     if "target" in holder:
-        return list(Training.model_fields)
+        return list(Recycling.model_fields)
     if "task" in holder:
         return list(TASKS[holder["task"]].model_fields)
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track

@@ -40,9 +40,9 @@ class RayTrainer(Trainer):
         self._roots = [str(root) for root in roots]
         self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
 
-    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+    def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         self._connect()
-        orders = orders_of(training, base, self._sources)
+        orders = orders_of(training, models, self._sources)
         in_order(orders, self._train, _AT_ONCE)
         return models_of(training, orders)
 

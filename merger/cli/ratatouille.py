@@ -11,8 +11,7 @@ from merger.cli.run import command as run_command
 from merger.cli.terminal import as_json
 from merger.errors import RecipeError
 from merger.fine_tuning import Order, orders_of
-from merger.methods.method import all_of
-from merger.methods.soups import Ratatouille
+from merger.methods.method import Method, all_of
 from merger.recipe import read_document
 from merger.sources import LocalSources
 
@@ -51,10 +50,9 @@ def plan(recipe: Path, as_json: bool) -> None:
         )
 
 
-def _orders(part: object) -> list[Order]:
-    if not isinstance(part, Ratatouille) or part.training is None or not isinstance(part.base, str):
-        return []
-    return orders_of(part.training, part.base, LocalSources())
+def _orders(part: Method) -> list[Order]:
+    sources = LocalSources()
+    return orders_of(part.trains, part.starts(sources), sources) if part.trains else []
 
 
 def _as_data(order: Order) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Knows which models enter and in what order they are tried; measures nothing itse
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,6 +14,7 @@ from merger.errors import SourceError, UnsupportedModel
 from merger.evaluation import Chooser, Measured
 from merger.methods.fine_tunes import check_function, sum_of_fine_tunes
 from merger.methods.method import Checkpoints, Choice, Judge, Means, Method, Source, Sources, Tried, open_source
+from merger.recycling import Recycling
 from merger.stages import Training
 
 
@@ -111,7 +111,7 @@ class Ratatouille(Selecting):
         default=[],
         description="Fine-tunes on the target task; run s starts from pool[s mod (n+1)], where 0 is the base.",
     )
-    training: Training | None = Field(
+    training: Recycling | None = Field(
         default=None, description="Instead of `auxiliary` and `targets`: the data of the tasks, to train them from."
     )
 
@@ -131,31 +131,36 @@ class Ratatouille(Selecting):
         return self
 
     @property
-    def is_open(self) -> bool:
-        return super().is_open or self.training is not None
+    def trains(self) -> Training | None:
+        return self.training
 
-    def folders(self) -> tuple[Path, ...]:
-        return (Path(self.training.folder).expanduser(),) if self.training else ()
+    def starts(self, _sources: Sources) -> list[str]:
+        return [self.base] if isinstance(self.base, str) else []
 
     def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
-        if self.training is None or not isinstance(self.base, str):
+        if self.training is None:
             return super().chosen(means)
-        auxiliary, targets = means.trainer.trained(self.training, self.base)
+        auxiliary, targets = means.trainer.trained(self.training, self.starts(means.sources))
         made = self.model_copy(update={"auxiliary": auxiliary, "targets": targets, "training": None})
         return made.chosen(means)
 
     def build(self, sources: Sources) -> Checkpoint:
         base = open_source(sources, self.base)
         if self.training:
-            for path in self.training.files:
-                sources.admit(path)
-                if not path.is_file():
-                    raise SourceError("is not there", where=str(path), remedy="Give the path of the data to train on.")
+            check_data(self.training, sources)
             return base.noting(f"{self.training.runs} targets will be trained from it first, and averaged")
         auxiliary = [sources.open(member) for member in sources.members(self.auxiliary)] if self.auxiliary else []
         for model in auxiliary:
             check_function(base, model)
         return self.mean([sources.open(member) for member in sources.members(self.targets)], base)
+
+
+def check_data(training: Training, sources: Sources) -> None:
+    """See that the data of a training may be read and are there. Raises SourceError."""
+    for path in training.files:
+        sources.admit(path)
+        if not path.is_file():
+            raise SourceError("is not there", where=str(path), remedy="Give the path of the data to train on.")
 
 
 _REWARD_HEAD = re.compile(r"(^|\.)(score|classifier|reward_head|v_head|value_head)\b")
