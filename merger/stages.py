@@ -10,20 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 FINISHED = "stage.json"  # beside a finished model: the digest of what it follows from
+KEEP_SECONDS = 20.0
 Bodies = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One fine-tuning. `bodies` name the models whose weighted sum it begins with, mostly one with weight 1, and `head`
-    the earlier stage whose classification head it takes (None: a fresh one). Of its `steps` the first `head_steps`
-    train the head alone. `labels` are those of its data.
+    the earlier stage whose head it takes (None: a fresh one). Of its `steps` the first `head_steps` train the head
+    alone. `labels` are those of its data, and `package` brings its task where that is none of the ready ones.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     batch_size: int
     context: int
     seed: int
+    package: str | None = None
 
     def key(self, parents: Mapping[str, str]) -> str:
         """A digest of all that the result follows from; `parents` has those of the stages and models before it."""
@@ -47,7 +49,17 @@ class Stage:
         content = {**asdict(self), "bodies": bodies, "head": self.head and parents[self.head]}
         with Path(self.data).expanduser().open("rb") as file:
             content["data"] = hashlib.file_digest(file, "sha256").hexdigest()
+        if self.package is None:
+            del content["package"]  # ready tasks have the digests that they had before there were others
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether a folder holds the finished model of the stage with this digest."""
+    try:
+        return bool(json.loads((folder / FINISHED).read_text())["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,10 @@ class Training(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    task: Literal["text", "classification"] = Field(description="What the data are: text, or rows with labels.")
+    task: str = Field(
+        min_length=1,
+        description="What the data are: text, classification, preferences, or the name of an installed package's task.",
+    )
     runs: int = Field(default=6, ge=1, description="Fine-tunes that are averaged.")
     folder: str = Field(description="Where the stages keep their models; finished ones are not trained again.")
     steps: int = Field(default=300, ge=1, description="Steps of each fine-tune.")
@@ -77,6 +92,9 @@ class Training(BaseModel, ABC):
     dropouts: list[float] = Field(default=[0.0, 0.1, 0.5], min_length=1, description="Each run draws one.")
     probe_learning_rate: float = Field(default=1e-3, gt=0, description="That of heads alone.")
     seed: int = Field(default=0, ge=0, description="Settings, batches, dropout and fresh heads follow from it.")
+    keep_seconds: float = Field(
+        default=KEEP_SECONDS, ge=0, description="At most every so often a stage keeps the state that it goes on from."
+    )
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from merger.errors import JobError, RecipeError, SourceError
-from merger.fine_tuning import Order, in_order, labels_of_data, models_of, needs, orders_of
+from merger.fine_tuning import Order, in_order, models_of, needs, orders_of
 from merger.recipe import make_document
 from merger.recycling import Recycling
 from merger.run import Options, plan_of
@@ -80,16 +80,6 @@ def test_settings_are_drawn_from_the_seed_and_runs_differ():
     assert {stage.dropout for stage in targets} == {0.0, 0.1, 0.5}
     assert len({stage.seed for stage in targets}) == 12
     assert first != other
-
-
-def test_labels_are_in_the_order_of_their_numbers_else_of_their_names(tmp_path):
-    def labels(*values):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(json.dumps({"text": "x", "label": value}) for value in values))
-        return labels_of_data(str(path))
-
-    assert labels(10, 2, 2, 0) == ("0", "2", "10")
-    assert labels("no", "yes", "maybe") == ("maybe", "no", "yes")
 
 
 # ---- in folders ---------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from merger import training
 from merger.checkpoint import open_checkpoint
 from merger.errors import JobError, SourceError
-from merger.fine_tuning import FINISHED, Order, train_apart
-from merger.stages import Stage
+from merger.fine_tuning import Order, train_apart
+from merger.stages import FINISHED, Stage
 from tests import tiny
 
 STAGE = Stage(
@@ -60,8 +60,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def train(stage, folder, head=None, say=lambda _done, _total, _loss: None):
-    training.train(stage, [(open_checkpoint(folder.parent / "base"), 1.0)], head, folder, "key", say)
+def train(stage, folder, head=None, say=lambda _done, _total, _loss: None, **more):
+    training.train(stage, [(open_checkpoint(folder.parent / "base"), 1.0)], head, folder, "key", say, **more)
     return {name: value.clone() for name, value in load(folder).named_parameters()}
 
 
@@ -110,18 +110,17 @@ def test_fresh_heads_of_one_seed_are_the_same(place):
 
 
 @pytest.mark.parametrize("stop", [3, 12, 27])
-def test_a_stage_that_was_stopped_comes_to_the_same_model(place, monkeypatch, stop):
+def test_a_stage_that_was_stopped_comes_to_the_same_model(place, stop):
     """At step 3 the head alone is trained, at 12 all, and 27 is later than the last state."""
     stage = replace(STAGE, steps=30, head_steps=8, dropout=0.1)
     wanted = train(stage, place / "whole")
-    monkeypatch.setattr(training, "_EVERY", 0.0)
 
     def until(done, _total, _loss):
         if done == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(stage, place / "run", say=until)
+        train(stage, place / "run", say=until, keep_seconds=0.0)
     assert not (place / "run").exists()
     told = []
     found = train(stage, place / "run", say=lambda done, _total, _loss: told.append(done))
@@ -129,15 +128,14 @@ def test_a_stage_that_was_stopped_comes_to_the_same_model(place, monkeypatch, st
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_the_state_of_another_stage_is_not_taken_up(place, monkeypatch):
-    monkeypatch.setattr(training, "_EVERY", 0.0)
+def test_the_state_of_another_stage_is_not_taken_up(place):
 
     def until(done, _total, _loss):
         if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(STAGE, place / "run", say=until)
+        train(STAGE, place / "run", say=until, keep_seconds=0.0)
     told = []
     training.train(
         STAGE,
