@@ -37,6 +37,11 @@ class Encoding:
         """The tokens of a row's field, which may hold tokens already. Raises SourceError."""
         return tuple(ids_of(self.tokenizer, row, name, where))
 
+    def pair(self, row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens of a row's `chosen` and `rejected`, each behind its `prompt`. Raises SourceError."""
+        chosen, rejected = pair_of(self.tokenizer, row, where)
+        return tuple(chosen), tuple(rejected)
+
 
 class Task(ABC, Generic[Example]):
     """A task to train on. An instance is made without arguments and keeps nothing between calls: what a step computes
@@ -135,8 +140,8 @@ class Preferences(Task[tuple[tuple[int, ...], tuple[int, ...]]]):
     def examples(
         self, row: Mapping[str, Any], where: str, encoding: Encoding
     ) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
-        chosen, rejected = pair_of(encoding.tokenizer, row, where)
-        return [(tuple(chosen), tuple(rejected))] if chosen and rejected else []
+        pair = encoding.pair(row, where)
+        return [pair] if all(pair) else []
 
     def loss(self, model: Any, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> "torch.Tensor":
         from torch.nn.functional import logsigmoid  # noqa: PLC0415

@@ -1,5 +1,6 @@
 """Which fine-tuning starts from what: the protocol of Model Ratatouille, and the order in which stages are trained."""
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -109,6 +110,26 @@ def test_a_stage_is_what_it_follows_from(place):
         if order.key != old.key
     }
     assert changed == {"auxiliary-b-head", "auxiliary-b", "target-2-from-b"}
+
+
+def test_the_digest_of_a_ready_task_is_that_of_settings_data_and_parents(place):
+    """What it was made of before tasks could be installed: finished stages of then are finished still."""
+    recipe = training(
+        runs=1, auxiliary={}, keep_seconds=1.0, learning_rates=[1e-5], weight_decays=[0.0], dropouts=[0.5]
+    )
+    head, target = recipe.stages(["base"], with_head=True)
+    content = {
+        "name": "target-0-from-base",
+        "bodies": [["digest of the base", 1.0]],
+        "head": "digest of the head",
+        "task": "classification",
+        "data": hashlib.sha256((place / "target.jsonl").read_bytes()).hexdigest(),
+        "labels": [],
+        **{"steps": 300, "head_steps": 0, "learning_rate": 1e-5, "weight_decay": 0.0, "dropout": 0.5},
+        **{"batch_size": 32, "context": 128, "seed": 0},
+    }
+    wanted = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert target.key({"base": "digest of the base", head.name: "digest of the head"}) == wanted
 
 
 def test_stages_are_trained_after_those_that_they_need_and_finished_ones_are_not(place):
