@@ -62,13 +62,13 @@ class States:
             temporary.replace(self._state)
 
     def finish(self, save: Callable[[Path], None]) -> None:
-        """Put the model that `save` writes in its place, and remove what was kept. Raises OSError."""
+        """Put the model that `save` writes in its place, and remove what was kept. Raises what `save` does."""
         made = self._own("model")
         try:
             save(made)
             write_atomically(made / FINISHED, json.dumps({"key": self._key}).encode())
             self._publish(made)
-        except OSError:
+        except (OSError, SafetensorError):
             if not is_finished(self._folder, self._key):  # by another process, which has cleaned up
                 raise
         self._state.unlink(missing_ok=True)

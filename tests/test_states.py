@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from merger.stages import FINISHED, is_finished
 from merger.states import State, States
@@ -72,13 +74,14 @@ def test_the_second_of_two_processes_finds_the_model_there_and_leaves_it(tmp_pat
     assert names(tmp_path) == ["run"]
 
 
-def test_one_whose_unfinished_model_is_cleaned_up_by_the_other_ends_well(tmp_path):
+@pytest.mark.parametrize("write", [Path.touch, lambda path: save_file({"w": torch.zeros(2)}, path)])
+def test_one_whose_unfinished_model_is_cleaned_up_by_the_other_ends_well(tmp_path, write):
     first, second = States(tmp_path / "run", "key"), States(tmp_path / "run", "key")
 
     def interrupted(place):
         place.mkdir()
         first.finish(save("first"))  # removes `place`
-        (place / "model").write_text("second")
+        write(place / "model.safetensors")
 
     second.finish(interrupted)
     assert (tmp_path / "run" / "model").read_text() == "first"
