@@ -18,7 +18,7 @@ MergerError
 |   |-- WriteFailed         the output could not be written
 |   |-- SourceChanged       a source changed after it was planned
 |   |-- ServiceFailed       the job service did not answer, or failed
-|   |-- WorkerDied          the processes that worked on a shard died again and again
+|   |-- WorkerDied          the processes that worked on a shard or a stage died again and again
 |   |-- VerificationFailed  what was written is not what was planned
 |   `-- NotGoodEnough       the result does not measure what was required of it
 `-- Interrupted             stopped on request; the next run goes on                    exit 130, HTTP 409
@@ -138,9 +138,9 @@ class ServiceFailed(JobError):
 
 
 class WorkerDied(JobError):
-    """The processes that worked on a shard died again and again."""
+    """The processes that worked on a shard or a stage died again and again."""
 
-    remedy = "Look at the job's log and at the memory of the machines; a retry goes on after the finished shards."
+    remedy = "Look at the job's log and at the memory of the machines; a retry goes on from what is finished."
 
 
 class VerificationFailed(JobError):

@@ -11,14 +11,16 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merger.errors import JobError
+from merger.errors import WorkerDied
 from merger.judging import Tell, check_installed, error_of, key_of_model
 from merger.methods.method import Sources, Trainer
-from merger.stages import FINISHED, Stage, Training, labels_of_data, stages_of
+from merger.rows import rows_of
+from merger.stages import KEEP_SECONDS, Stage, Training, is_finished
+from merger.tasks import package_of, task_of
 
 
 @dataclass(frozen=True)
@@ -30,27 +32,29 @@ class Order:
     head: str | None
     folder: Path
     key: str
+    keep_seconds: float = KEEP_SECONDS
 
     def is_finished(self) -> bool:
         """Whether the folder holds the finished model of this very stage."""
-        try:
-            return bool(json.loads((self.folder / FINISHED).read_text())["key"] == self.key)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return is_finished(self.folder, self.key)
 
 
-def orders_of(training: Training, base: str, sources: Sources) -> list[Order]:
+def orders_of(training: Training, models: Sequence[str], sources: Sources) -> list[Order]:
     """Every stage with its folder and digest, each after those that it needs. Raises RequestError."""
-    data = {*training.auxiliary.values(), training.target}
-    labels = {path: labels_of_data(path) for path in data} if training.task == "classification" else {}
-    keys, folders = {base: key_of_model(base, sources)}, {base: base}
+    package = package_of(training.task)
+    task = task_of(training.task)
+    labels = {path: task.labels(rows_of([Path(path).expanduser()])) for path in set(training.data_files)}
+    keys = {model: key_of_model(model, sources) for model in models}
+    folders = {model: model for model in models}
     orders = []
-    for stage in stages_of(training, base, labels):
+    for plain in training.stages(models, task.has_head):
+        stage = replace(plain, labels=labels[plain.data], package=package)
         folder = Path(training.folder).expanduser() / stage.name
         key = stage.key(keys)
         keys[stage.name], folders[stage.name] = key, str(folder)
         bodies = tuple((folders[name], weight) for name, weight in stage.bodies)
-        orders.append(Order(stage, bodies, stage.head and folders[stage.head], folder, key))
+        head = stage.head and folders[stage.head]
+        orders.append(Order(stage, bodies, head, folder, key, training.keep_seconds))
     return orders
 
 
@@ -68,9 +72,9 @@ class LocalTrainer(Trainer):
         self._sources, self._tell = sources, tell
         self._roots = [str(root) for root in roots]
 
-    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+    def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         check_installed()
-        orders = orders_of(training, base, self._sources)
+        orders = orders_of(training, models, self._sources)
         in_order(orders, self._train, os.cpu_count() or 1)
         return models_of(training, orders)
 
@@ -80,9 +84,8 @@ class LocalTrainer(Trainer):
 
 
 def models_of(training: Training, orders: Sequence[Order]) -> tuple[list[str], list[str]]:
-    """The folders of the auxiliary models and of the targets."""
-    names = {f"auxiliary-{name}" for name in training.auxiliary}
-    auxiliary = [str(order.folder) for order in orders if order.stage.name in names]
+    """The folders of the auxiliary models and of those to average."""
+    auxiliary = [str(order.folder) for order in orders if order.stage.name in training.auxiliary_stages]
     return auxiliary, [str(order.folder) for order in orders[-training.runs :]]
 
 
@@ -110,20 +113,24 @@ def in_order(orders: Sequence[Order], train: Any, at_once: int) -> None:
             raise
 
 
-def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> None:
-    """Train one stage in a process of its own. Raises what it tells, and JobError where it dies."""
+def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> int:
+    """Train one stage in a process of its own; the step after which it went on, 0 where it began anew.
+
+    Raises what it tells, and WorkerDied where it dies.
+    """
     request = {
         "stage": asdict(order.stage),
         "bodies": order.bodies,
         "head": order.head,
         "folder": str(order.folder),
         "key": order.key,
+        "keep_seconds": order.keep_seconds,
         "threads": threads,
         "roots": list(roots),
     }
     with tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", "merger.training"],
+            [sys.executable, "-m", "merger.training", order.stage.name],  # the name is for those who look at processes
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -135,17 +142,22 @@ def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threadi
             assert process.stdin
             assert process.stdout
             print(json.dumps(request), file=process.stdin, flush=True)
+            began: int | None = None
             for line in process.stdout:
                 answer: Mapping[str, Any] = json.loads(line)
                 if "error" in answer:
                     raise error_of(answer["error"])
                 if "finished" in answer:
-                    return
+                    return began or 0
+                if began is None:
+                    began = answer["done"] - 1
+                    if began:
+                        tell(f"{order.stage.name}: goes on after step {began} of {answer['total']}")
                 if answer["done"] == answer["total"] or answer["done"] % 50 == 0:
                     tell(f"{order.stage.name}: step {answer['done']} of {answer['total']}, loss {answer['loss']:.4f}")
         complaints.seek(0)
         words = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise JobError(f"the process that trains {order.stage.name} has died: {words}")
+        raise WorkerDied(f"the process that trains {order.stage.name} has died: {words}")
 
 
 def _kill_when(stopped: threading.Event, process: "subprocess.Popen[str]") -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator
 
+from merger.baklava import Baklava
 from merger.checkpoint import Checkpoint, in_dtype
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError
@@ -22,8 +23,8 @@ from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.recycling import Recycling
 from merger.sources import LocalSources
-from merger.stages import Training
 from merger.tokenizer import difference
 
 
@@ -190,7 +191,7 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
             f"{name!r} is no method{_suggest(name, METHODS)}", where=_join(where, "method"), remedy=_METHODS_REMEDY
         )
     if detail["type"] == "extra_forbidden":
-        known = _fields_of(holder, root)
+        known = _fields_of(holder, root, path)
         return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where, remedy=remedy)
     message = detail["msg"].removeprefix("Value error, ")
     return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe", remedy=remedy)
@@ -212,12 +213,12 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _fields_of(holder: Any, root: str) -> list[str]:
+def _fields_of(holder: Any, root: str, path: str) -> list[str]:
     """The fields that the mapping at fault may have."""
     if root == "output" or not isinstance(holder, Mapping):
         return list(Output.model_fields)
-    if "target" in holder:
-        return list(Training.model_fields)
+    if re.search(r"(^|\.)training\.[^.]*$", path):
+        return list((Baklava if {"checkpoints", "data"} & holder.keys() else Recycling).model_fields)
     if "task" in holder:
         return list(TASKS[holder["task"]].model_fields)
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track

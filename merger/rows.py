@@ -54,3 +54,17 @@ def ids_of(tokenizer: Any, row: Mapping[str, Any], name: str, where: str) -> lis
     pair = row.get("text_pair") if name == "text" else None
     encoded = tokenizer(str(value), pair, verbose=False, truncation=False)
     return list(encoded["input_ids"])
+
+
+def pair_of(tokenizer: Any, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+    """The tokens of a preference: `chosen` and `rejected`, each behind the `prompt` where it is text. Raises
+    SourceError.
+    """
+    prompt = str(row.get("prompt", ""))
+
+    def side(name: str) -> list[int]:
+        value = field_of(row, name, where)
+        full = {**row, name: value if isinstance(value, list) else prompt + str(value)}
+        return ids_of(tokenizer, full, name, where)
+
+    return side("chosen"), side("rejected")

@@ -26,7 +26,7 @@ from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceErro
 from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Score, Text
 from merger.loading import Loaded, load
 from merger.methods.method import Method, Sources, open_source
-from merger.rows import field_of, ids_of, rows_of
+from merger.rows import field_of, ids_of, pair_of, rows_of
 from merger.sizes import parameters
 from merger.sources import LocalSources, Roots
 
@@ -170,11 +170,8 @@ def preferences(evaluation: Preferences, loaded: Loaded, say: Say) -> Score:
     for where, row in rows_of(evaluation.files):
         if len(items) == 2 * (evaluation.limit or sys.maxsize):
             break
-        prompt = str(row.get("prompt", ""))
-        for name in ("chosen", "rejected"):
-            value = field_of(row, name, where)
-            full = {**row, name: value if isinstance(value, list) else prompt + str(value)}
-            items.append((len(items), tuple(ids_of(loaded.tokenizer, full, name, where))))
+        for ids in pair_of(loaded.tokenizer, row, where):
+            items.append((len(items), tuple(ids)))
     _some(items, evaluation)
     rewards = [0.0] * len(items)
     for batch, _, logits in _computed(loaded, items, evaluation.batch_size, say):

@@ -2,13 +2,11 @@
 
 Plain AdamW on shuffled batches, in float32. Order and dropout follow from the stage's seed and the number of the step
 alone, and the state is kept every few seconds: a stage that was killed goes on and comes to the same model. Knows
-transformers and data; knows nothing of what the model is for.
+transformers and steps; what is learnt is the task's (`merger.tasks`).
 """
 
 import json
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,23 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 
 from merger.apart import end_with_input
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, SourceError
 from merger.loading import Loaded, load
 from merger.methods.method import Member
-from merger.rows import field_of, ids_of, rows_of
+from merger.rows import rows_of
 from merger.sources import LocalSources, Roots
-from merger.stages import FINISHED, Stage
-from merger.storage.disk import write_atomically
+from merger.stages import KEEP_SECONDS, Stage
+from merger.states import State, States
+from merger.tasks import Encoding, Task, task_of
 
 Say = Callable[[int, int, float], None]
-_EVERY = 20.0  # seconds between two states
-_KINDS = {"text": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _WARMUP = 0.1  # of the steps
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,42 +35,45 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 Bodies = Sequence[tuple[Checkpoint, float]]
 
 
-def train(stage: Stage, bodies: Bodies, head: Checkpoint | None, folder: Path, key: str, say: Say) -> None:
+def train(
+    stage: Stage,
+    bodies: Bodies,
+    head: Checkpoint | None,
+    folder: Path,
+    key: str,
+    say: Say,
+    keep_seconds: float = KEEP_SECONDS,
+) -> None:
     """Make the model of a stage in `folder`, going on from a state that an earlier process left beside it.
 
     Raises RequestError where data or models do not fit.
     """
-    loaded = _begin(stage, bodies, head)
-    items = _items(stage, loaded)
+    task = task_of(stage.task, stage.package)
+    loaded = _begin(stage, task, bodies, head)
+    examples = _examples(stage, task, loaded)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    state = folder.with_name(f"{folder.name}.state.safetensors")
-    _FineTuning(stage, loaded, items, state, key, say).run()
-    made = folder.with_name(f".{folder.name}-{os.getpid()}")
+    states = States(folder, key)
+    _FineTuning(stage, task, loaded.model, examples, states, keep_seconds).run(say)
     own = bodies[0][0].config or {}
     loaded.model.config.update({name: own[name] for name in _DROPOUTS & own.keys()})  # dropout was the stage's
-    loaded.model.save_pretrained(made)
-    for path in bodies[0][0].side_files.values():
-        (made / path.name).write_bytes(path.read_bytes())
-    write_atomically(made / FINISHED, json.dumps({"key": key}).encode())
-    shutil.rmtree(folder, ignore_errors=True)  # of another recipe, or an older one of this name
-    made.rename(folder)
-    state.unlink(missing_ok=True)
+
+    def save(place: Path) -> None:
+        loaded.model.save_pretrained(place)
+        for path in bodies[0][0].side_files.values():
+            (place / path.name).write_bytes(path.read_bytes())
+
+    states.finish(save)
 
 
 # ---- the model ----------------------------------------------------------------------------------------
 
 
-def _begin(stage: Stage, bodies: Bodies, head: Checkpoint | None) -> Loaded:
+def _begin(stage: Stage, task: Task[Any], bodies: Bodies, head: Checkpoint | None) -> Loaded:
     """The model with the sum of the bodies, and the head of `head`; a fresh one follows from the seed."""
     config = bodies[0][0].config or {}
-    changes: dict[str, Any] = dict.fromkeys(_DROPOUTS & config.keys(), stage.dropout)
-    if stage.task == "classification":
-        names = dict(enumerate(stage.labels))
-        changes |= {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-        if config.get("pad_token_id") is None:
-            changes["pad_token_id"] = 0
+    changes = {**dict.fromkeys(_DROPOUTS & config.keys(), stage.dropout), **task.config(config, stage.labels)}
     torch.manual_seed(stage.seed)
-    loaded, *others = (_body(stage, body, changes) for body, _ in bodies)
+    loaded, *others = (_body(task, body, changes) for body, _ in bodies)
     own = dict(loaded.model.named_parameters())
     with torch.no_grad():
         if others:
@@ -86,18 +83,18 @@ def _begin(stage: Stage, bodies: Bodies, head: Checkpoint | None) -> Loaded:
             for name, value in _body_of(other.model).items():
                 own[name].add_(value, alpha=weight)
         if head is not None:
-            taken = load(head, _KINDS[stage.task], "float32", loaded.device, None, _is_new).model
+            taken = load(head, task.kind, "float32", loaded.device, None, _is_new).model
             for name, value in _head_of(taken).items():
                 own[name].copy_(value)
     return loaded
 
 
-def _body(stage: Stage, body: Checkpoint, changes: Mapping[str, Any]) -> Loaded:
-    """A model with a body's weights; a classifier's head, which may be for other labels, is left behind."""
-    if stage.task == "classification":
+def _body(task: Task[Any], body: Checkpoint, changes: Mapping[str, Any]) -> Loaded:
+    """A model with a body's weights; the body's own head, which may be for another task, gives way to a fresh one."""
+    if task.has_head:
         kept = {name: tensor for name, tensor in body.tensors.items() if not _HEAD.search(name)}
         body = replace(body, tensors=kept)
-    return load(body, _KINDS[stage.task], "float32", "auto", changes, _is_new)
+    return load(body, task.kind, "float32", "auto", changes, _is_new)
 
 
 _DROPOUTS = {"attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"}
@@ -123,131 +120,95 @@ def _head_of(model: Any) -> dict[str, torch.Tensor]:
 
 # ---- the data -----------------------------------------------------------------------------------------
 
-Item = tuple[tuple[int, ...], int]  # tokens, and the label of an example
 
-
-def _items(stage: Stage, loaded: Loaded) -> list[Item]:
-    items: list[Item] = []
-    for where, row in rows_of([Path(stage.data).expanduser()]):
-        ids = tuple(ids_of(loaded.tokenizer, row, "text", where))
-        if stage.task == "text":
-            items += [(ids[at : at + stage.context], 0) for at in range(0, len(ids) - 1, stage.context)]
-        else:
-            items.append((ids, stage.labels.index(str(field_of(row, "label", where)))))
-    items = [item for item in items if len(item[0]) > (stage.task == "text")]
-    if not items:
+def _examples(stage: Stage, task: Task[Any], loaded: Loaded) -> list[Any]:
+    encoding = Encoding(loaded.tokenizer, stage.labels, stage.context)
+    rows = rows_of([Path(stage.data).expanduser()])
+    found = [example for where, row in rows for example in task.examples(row, where, encoding)]
+    if not found:
         raise SourceError("holds nothing to train on", where=stage.data)
-    return items
+    return found
 
 
-def _batch(stage: Stage, items: Sequence[Item], step: int) -> list[Item]:
+def _batch(stage: Stage, examples: Sequence[Any], step: int) -> list[Any]:
     """The examples of a step: each epoch is a permutation of its own, cut into whole batches."""
-    size = min(stage.batch_size, len(items))
-    a_epoch = len(items) // size
+    size = min(stage.batch_size, len(examples))
+    a_epoch = len(examples) // size
     epoch, place = divmod(step, a_epoch)
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(stage.seed * 1_000_003 + epoch))
-    return [items[int(i)] for i in order[place * size : (place + 1) * size]]
-
-
-def _loss(stage: Stage, loaded: Loaded, batch: Sequence[Item]) -> torch.Tensor:
-    longest = max(len(ids) for ids, _ in batch)
-    pad = loaded.model.config.get_text_config().pad_token_id or 0
-    tokens = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids, _ in batch], device=loaded.device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch], device=loaded.device)
-    logits = loaded.model(input_ids=tokens, attention_mask=mask).logits.float()
-    if stage.task == "text":
-        wanted = tokens.masked_fill(mask == 0, -100)[:, 1:]
-        return cross_entropy(logits[:, :-1].transpose(1, 2), wanted)
-    return cross_entropy(logits, torch.tensor([label for _, label in batch], device=loaded.device))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(stage.seed * 1_000_003 + epoch))
+    return [examples[int(i)] for i in order[place * size : (place + 1) * size]]
 
 
 # ---- the steps ----------------------------------------------------------------------------------------
 
 
 class _FineTuning:
-    """A stage while it trains: its model, its data, and the file in which its state is kept."""
+    """A stage while it trains: its model, its task and examples, and where its state is kept."""
 
-    def __init__(self, stage: Stage, loaded: Loaded, items: Sequence[Item], state: Path, key: str, say: Say) -> None:
-        self._stage, self._loaded, self._items = stage, loaded, items
-        self._state, self._key, self._say = state, key, say
-        self._model = loaded.model
+    def __init__(
+        self, stage: Stage, task: Task[Any], model: Any, examples: Sequence[Any], states: States, seconds: float
+    ) -> None:
+        self._stage, self._task, self._model, self._examples = stage, task, model, examples
+        self._states, self._seconds = states, seconds
+        self._kept = states.kept()
 
-    def run(self) -> None:
+    def run(self, say: Say) -> None:
         """The steps of the head alone, then those of the whole model; each part begins with a fresh optimizer."""
         stage = self._stage
         for first, until in ((0, stage.head_steps), (stage.head_steps, stage.steps)):
-            if first < until and self._kept_part() <= first:
-                self._train(first, until, head_only=until == stage.head_steps)
+            if first < until and (self._kept is None or self._kept.first <= first):
+                self._train(first, until, say, head_only=until == stage.head_steps)
         self._model.eval()
 
-    def _train(self, first: int, until: int, *, head_only: bool) -> None:
+    def _train(self, first: int, until: int, say: Say, *, head_only: bool) -> None:
         head = set(_head_of(self._model))
         for name, parameter in self._model.train().named_parameters():
             parameter.requires_grad_(name in head or not head_only)
         trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=self._stage.weight_decay)
-        step = self._restore(optimizer, trained, first)
+        step = self._restored(optimizer, trained, first)
         saved = time.monotonic()
         while step < until:
             warmed = min(1.0, (step - first + 1) / max(1.0, _WARMUP * (until - first)))
-            self._step(optimizer, step, self._stage.learning_rate * warmed)
+            loss = self._step(optimizer, step, self._stage.learning_rate * warmed)
             step += 1
-            if time.monotonic() - saved > _EVERY:
+            say(step, self._stage.steps, loss)
+            if time.monotonic() - saved >= self._seconds:
                 self._keep(optimizer, trained, first, step)
                 saved = time.monotonic()
 
-    def _step(self, optimizer: torch.optim.Optimizer, step: int, rate: float) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, step: int, rate: float) -> float:
         torch.manual_seed(self._stage.seed * 1_000_003 + step)  # of dropout
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(self._stage, self._loaded, _batch(self._stage, self._items, step))
+        loss = self._task.loss(self._model, _batch(self._stage, self._examples, step))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        self._say(step + 1, self._stage.steps, loss.item())
-
-    # ---- what is kept -----------------------------------------------------------------------------------
-
-    def _kept(self) -> Mapping[str, str] | None:
-        """What the state's file says of itself, where it is of this very stage."""
-        try:
-            with safe_open(self._state, "pt") as file:
-                told: dict[str, str] = file.metadata() or {}
-        except (OSError, SafetensorError):
-            return None
-        return told if told.get("key") == self._key else None
-
-    def _kept_part(self) -> int:
-        """The first step of the part that the state is in."""
-        told = self._kept()
-        return int(told["first"]) if told else 0
+        return loss.item()
 
     def _keep(
         self, optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], first: int, step: int
     ) -> None:
-        """Write weights, moments and the number of the step; whole or not at all."""
         tensors = {f"model.{name}": value.detach().contiguous() for name, value in self._model.named_parameters()}
         for name, parameter in trained.items():
             moments = optimizer.state[parameter]
             tensors |= {f"{moment}.{name}": moments[moment].contiguous() for moment in _MOMENTS}
-        temporary = self._state.with_name(f".{self._state.name}-{os.getpid()}")
-        save_file(tensors, temporary, {"key": self._key, "first": str(first), "step": str(step)})
-        temporary.replace(self._state)
+        self._states.keep(State(first, step, tensors))
 
-    def _restore(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], first: int) -> int:
+    def _restored(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], first: int) -> int:
         """Take up the state where it is of this part; the next step."""
-        told = self._kept()
-        if told is None or int(told["first"]) != first:
+        kept, self._kept = self._kept, None
+        if kept is None:
             return first
-        tensors = load_file(self._state)
         with torch.no_grad():
             for name, value in self._model.named_parameters():
-                value.copy_(tensors[f"model.{name}"])
-        done = float(told["step"]) - first
+                value.copy_(kept.tensors[f"model.{name}"])
+        done = torch.tensor(float(kept.step - kept.first))
         for name, parameter in trained.items():
-            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(done), **moments}
-        return int(told["step"])
+            moments = {moment: kept.tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            optimizer.state[parameter] = {"step": done.clone(), **moments}
+        return kept.step
 
 
 # ---- the process --------------------------------------------------------------------------------------
@@ -261,7 +222,7 @@ def _serve(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         bodies = [(sources.open(Member(body, None)), weight) for body, weight in request["bodies"]]
         head = sources.open(Member(request["head"], None)) if request["head"] else None
-        train(stage, bodies, head, Path(request["folder"]), request["key"], _tell)
+        train(stage, bodies, head, Path(request["folder"]), request["key"], _tell, request["keep_seconds"])
     except MergerError as error:
         told = {"message": error.message, "where": error.where, "remedy": error.remedy}
         return {"error": {"kind": type(error).__name__, **told}}

@@ -14,15 +14,16 @@ from merger.methods.method import Sources, Trainer
 from merger.stages import Training
 from workers.resources import Request
 
-_RETRIES = 3  # of a task whose process dies: the stage goes on from its last state
+_RETRIES = 3  # of a task that dies, or whose process for training does: the stage goes on from its last state
 _AT_ONCE = 64  # tasks that Ray knows of
 
 
-def train(order: Order, roots: Sequence[str], place: Path) -> None:
-    """What a task does: train one stage in a process of its own. `place` is where paths begin."""
+def train(order: Order, roots: Sequence[str], place: Path) -> int:
+    """What a task does: train one stage in a process of its own; the step after which it went on, 0 where it began
+    anew. `place` is where paths begin.
+    """
     os.chdir(place)
-    if not order.is_finished():
-        train_apart(order, roots, lambda _text: None, threading.Event())
+    return 0 if order.is_finished() else train_apart(order, roots, lambda _text: None, threading.Event())
 
 
 class RayTrainer(Trainer):
@@ -40,24 +41,25 @@ class RayTrainer(Trainer):
         self._roots = [str(root) for root in roots]
         self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
 
-    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
+    def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         self._connect()
-        orders = orders_of(training, base, self._sources)
+        orders = orders_of(training, models, self._sources)
         in_order(orders, self._train, _AT_ONCE)
         return models_of(training, orders)
 
     def _train(self, order: Order, stopped: threading.Event) -> None:
-        task: Any = ray.remote(train).options(**self._options, max_retries=_RETRIES)
+        retried = {"max_retries": _RETRIES, "retry_exceptions": [WorkerDied]}
+        task: Any = ray.remote(train).options(**self._options, **retried)
         reference = task.remote(order, self._roots, Path.cwd())
         while not ray.wait([reference], timeout=1.0)[0]:
             if stopped.is_set():
                 ray.cancel(reference, force=True)
                 return
         try:
-            ray.get(reference)
+            began = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
         except ray.exceptions.RayError as error:
             cause = str(error).splitlines()[0]
             raise WorkerDied(f"its process died {_RETRIES + 1} times: {cause}", where=order.stage.name) from error
-        self._say(f"trained {order.stage.name}")
+        self._say(f"trained {order.stage.name}" + (f", which went on after step {began}" if began else ""))

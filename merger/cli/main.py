@@ -26,6 +26,7 @@ VERBS = {
     "expand": "add layers that change nothing yet, to train them",
     "evaluate": "how well models predict held-out data; recipes too, without writing their results",
     "connect": "the loss on the straight line between models",
+    "stages": "the fine-tunings that a recipe asks for: what each starts from, on which data",
     "ratatouille": "the fine-tunings of Model Ratatouille, listed or done",
     "inspect": "tensors, dtypes and sizes of a model, from its headers",
     "diff": "how far two checkpoints are apart, layer by layer",

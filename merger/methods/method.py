@@ -109,8 +109,8 @@ class Trainer(ABC):
     """Whoever fine-tunes models."""
 
     @abstractmethod
-    def trained(self, training: Training, base: str) -> tuple[list[str], list[str]]:
-        """The auxiliary and the target models that a training describes, all finished.
+    def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The auxiliary models, and those to average, that a training makes of stored `models`, all finished.
 
         Raises RequestError and JobError.
         """
@@ -156,14 +156,23 @@ class Method(BaseModel, ABC):
     def build(self, sources: Sources) -> Checkpoint:
         """The checkpoint that this recipe makes. Raises RequestError where it cannot be made."""
 
+    @property
+    def trains(self) -> Training | None:
+        """What this recipe, not those within it, trains before it can be planned."""
+        return None
+
+    def starts(self, _sources: Sources) -> list[str]:
+        """The stored models that its training begins with. Raises SourceError."""
+        return []
+
     def folders(self) -> tuple[Path, ...]:
         """Where this recipe, not those within it, writes something beside its result."""
-        return ()
+        return (Path(self.trains.folder).expanduser(),) if self.trains else ()
 
     @property
     def is_open(self) -> bool:
         """Whether this recipe has models to train or choices to make before it can be planned."""
-        return bool(self.evaluations())
+        return bool(self.evaluations()) or self.trains is not None
 
     def evaluations(self) -> tuple[Measured, ...]:
         """By what this recipe, not those within it, chooses."""

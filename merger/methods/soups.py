@@ -5,18 +5,20 @@ Knows what each of these methods is made of; how models are chosen is elsewhere.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from merger.baklava import Baklava
 from merger.checkpoint import Checkpoint
 from merger.errors import RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import Chooser, Harness, Measured
 from merger.methods.fine_tunes import check_function, sum_of_fine_tunes
 from merger.methods.method import Checkpoints, Choice, Means, Method, Source, Sources, open_source
 from merger.methods.selection import greedy, learned
+from merger.recycling import Recycling
 from merger.stages import Training
+from merger.tasks import package_of
 
 
 class Selecting(Method):
@@ -112,7 +114,7 @@ class Ratatouille(Selecting):
         default=[],
         description="Fine-tunes on the target task; run s starts from pool[s mod (n+1)], where 0 is the base.",
     )
-    training: Training | None = Field(
+    training: Recycling | None = Field(
         default=None, description="Instead of `auxiliary` and `targets`: the data of the tasks, to train them from."
     )
 
@@ -132,26 +134,23 @@ class Ratatouille(Selecting):
         return self
 
     @property
-    def is_open(self) -> bool:
-        return super().is_open or self.training is not None
+    def trains(self) -> Training | None:
+        return self.training
 
-    def folders(self) -> tuple[Path, ...]:
-        return (Path(self.training.folder).expanduser(),) if self.training else ()
+    def starts(self, _sources: Sources) -> list[str]:
+        return [self.base] if isinstance(self.base, str) else []
 
     def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
-        if self.training is None or not isinstance(self.base, str):
+        if self.training is None:
             return super().chosen(means)
-        auxiliary, targets = means.trainer.trained(self.training, self.base)
+        auxiliary, targets = means.trainer.trained(self.training, self.starts(means.sources))
         made = self.model_copy(update={"auxiliary": auxiliary, "targets": targets, "training": None})
         return made.chosen(means)
 
     def build(self, sources: Sources) -> Checkpoint:
         base = open_source(sources, self.base)
         if self.training:
-            for path in self.training.files:
-                sources.admit(path)
-                if not path.is_file():
-                    raise SourceError("is not there", where=str(path), remedy="Give the path of the data to train on.")
+            check_training(self.training, sources)
             return base.noting(f"{self.training.runs} targets will be trained from it first, and averaged")
         auxiliary = [sources.open(member) for member in sources.members(self.auxiliary)] if self.auxiliary else []
         for model in auxiliary:
@@ -159,19 +158,53 @@ class Ratatouille(Selecting):
         return self.mean([sources.open(member) for member in sources.members(self.targets)], base)
 
 
+def check_training(training: Training, sources: Sources) -> None:
+    """See that the task of a training is installed, and that its data may be read. Raises RequestError."""
+    package_of(training.task)
+    for path in training.files:
+        sources.admit(path)
+        if not path.is_file():
+            raise SourceError("is not there", where=str(path), remedy="Give the path of the data to train on.")
+
+
 _REWARD_HEAD = re.compile(r"(^|\.)(score|classifier|reward_head|v_head|value_head)\b")
 
 
 class Warm(Selecting):
-    """WARM: the mean of reward models that were trained from one supervised model with one head."""
+    """WARM: the mean of reward models that were trained from one supervised run with one head."""
 
     method: Literal["warm"] = "warm"
-    models: Checkpoints = Field(description="The reward models: a pattern or a list.")
+    models: Checkpoints = Field(default=[], description="The reward models: a pattern or a list.")
+    training: Baklava | None = Field(
+        default=None, description="Instead of `models`: preferences, and the checkpoints to train them from."
+    )
 
     paper: ClassVar[str] = "WARM: on the benefits of weight averaged reward models, arXiv 2401.12187"
     example: ClassVar[str] = "method: warm\nmodels: runs/reward-*\noutput: {path: out/warm}"
 
+    @model_validator(mode="after")
+    def _models_or_data(self) -> Self:
+        if bool(self.models) == bool(self.training):
+            raise ValueError("needs either `models` or `training`, data to make them from")
+        return self
+
+    @property
+    def trains(self) -> Training | None:
+        return self.training
+
+    def starts(self, sources: Sources) -> list[str]:
+        pool = sources.members(self.training.checkpoints) if self.training else ()
+        return [str(member) for member in pool]
+
+    def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
+        if self.training is None:
+            return super().chosen(means)
+        _, models = means.trainer.trained(self.training, self.starts(means.sources))
+        return self.model_copy(update={"models": models, "training": None}).chosen(means)
+
     def build(self, sources: Sources) -> Checkpoint:
+        if self.training:
+            return self._supervised(self.training, sources)
         models = [sources.open(member) for member in sources.members(self.models)]
         for model in models:
             if not any(_REWARD_HEAD.search(name) for name in model.tensors):
@@ -181,3 +214,13 @@ class Warm(Selecting):
                     remedy="WARM averages reward models with their heads; for other models use `soup`.",
                 )
         return self.mean(models)
+
+    def _supervised(self, training: Baklava, sources: Sources) -> Checkpoint:
+        """The last checkpoint of the supervised run, seen to be of one run with the others."""
+        check_training(training, sources)
+        pool = [sources.open(member) for member in sources.members(training.checkpoints)]
+        sum_of_fine_tunes(pool, [1.0 / len(pool)] * len(pool))
+        used = min(len(pool), training.runs)
+        note = f"{training.runs} reward models will be trained first, from {used} checkpoints, and averaged"
+        unused = f"; the other {len(pool) - used} start none: `runs` is smaller" if used < len(pool) else ""
+        return pool[-1].noting(note + unused)

@@ -108,6 +108,20 @@ def test_a_pattern_that_matches_nothing(models):
     refused(models, "runs/step-*: matches no folder", "holds a, b", recipe={**RECIPE, "checkpoints": "runs/step-*"})
 
 
+@pytest.mark.parametrize("method", ["ratatouille", "warm"])
+def test_a_task_that_is_not_installed(models, method):
+    (models / "rows.jsonl").write_text('{"chosen": [5], "rejected": [6]}')
+    own = {"ratatouille": {"target": "rows.jsonl"}, "warm": {"data": "rows.jsonl", "checkpoints": ["a", "b"]}}
+    recipe = {
+        "method": method,
+        "training": {"task": "prefs", "folder": "work", **own[method]},
+        "output": {"path": "out"},
+    }
+    recipe |= {"base": "a"} if method == "ratatouille" else {}
+    there = "There are text, classification, preferences; of installed packages none."
+    refused(models, "training.task: 'prefs' is no task to train on", there, recipe=recipe)
+
+
 # ---- models that do not fit together ------------------------------------------------------------------
 
 

@@ -136,5 +136,26 @@ def test_they_are_done_and_averaged_and_not_done_again(study):
     assert files[0] == files[1]
 
 
+def test_the_reward_models_of_warm_are_listed_too(study, models):
+    (study / "pairs.jsonl").write_text('{"chosen": "up", "rejected": "down"}\n')
+    training = {"checkpoints": str(models / "m*"), "data": "pairs.jsonl", "runs": 3, "folder": "rewards"}
+    recipe = {"method": "soup", "models": [{"method": "warm", "training": training}]}
+    (study / "nested.yaml").write_text(yaml.safe_dump(recipe))
+    shown = merger("stages", "nested.yaml")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.splitlines()[:5] == [
+        "  1. rewards/reward-head",
+        f"     starts from {models / 'm1'}, a fresh head",
+        "     100 steps on pairs.jsonl, 100 of them the head alone; learning rate 0.001, "
+        "weight decay 0, dropout 0, seed 0",
+        "  2. rewards/reward-0-from-m0",
+        f"     starts from {models / 'm0'}, head of rewards/reward-head",
+    ]
+    told = json.loads(merger("stages", "nested.yaml", "--json").stdout)
+    assert [row["bodies"][0][0] for row in told][1:] == [str(models / name) for name in ("m0", "m1", "m0")]
+    assert "3 reward models will be trained first, from 2 checkpoints" in merger("plan", "nested.yaml").stdout
+
+
 def test_a_recipe_without_training_has_nothing_to_list(models):
-    assert "has no `training`" in str(merger("ratatouille", "plan", models / "soup.yaml").exception)
+    for verb in (["ratatouille", "plan"], ["stages"]):
+        assert "has no `training`" in str(merger(*verb, models / "soup.yaml").exception)

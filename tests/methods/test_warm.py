@@ -17,7 +17,7 @@ from merger.methods.soups import Warm
 from merger.scoring import score
 from merger.sources import LocalSources
 from tests import tiny
-from tests.methods.making import plan
+from tests.methods.making import make, plan
 
 MODELS, STEPS, LENGTH, NOISE = 3, 60, 6, 0.2
 
@@ -74,6 +74,59 @@ def test_the_mean_of_reward_models_is_at_least_as_good_as_they_are_on_average(ac
         sys.stdout.write(f"WARM {mean:.3f}, its models {', '.join(f'{single:.3f}' for single in singles)}\n")
         assert min(singles) > 0.6  # they have learnt something
         assert mean >= sum(singles) / len(singles)
+
+
+# ---- reward models that the recipe trains itself ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory):
+    """Two checkpoints of a supervised run, and preferences to train and to measure by."""
+    folder = tmp_path_factory.mktemp("trajectory")
+    for i, step in enumerate((9, 10)):
+        tiny.save(folder / f"sft/step-{step}", "llama", seed=i, num_hidden_layers=1)
+    for name, seed in (("pairs", 7), ("held-out", 8)):
+        chosen, rejected = pairs(256, torch.Generator().manual_seed(seed))
+        rows = [{"chosen": a, "rejected": b} for a, b in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def warm(folder, monkeypatch, name, **fields):
+    """The result of a recipe that trains, and its reward models in the order of the runs."""
+    monkeypatch.chdir(folder)
+    rule = {"checkpoints": "sft/step-*", "data": "pairs.jsonl", "folder": name, "runs": 4, "dropouts": [0.0]}
+    make({"method": "warm", "training": {**rule, **fields}}, folder / f"{name}-mean")
+    told = json.loads((folder / f"{name}-mean" / "merger.json").read_text())
+    return tiny.stored(folder / f"{name}-mean"), [tiny.stored(folder / model) for model in told["recipe"]["models"]]
+
+
+def test_reward_models_start_from_the_pool_with_one_head(trajectory, monkeypatch):
+    """Trained at a rate of 0 they are what they started from."""
+    rates = {"steps": 1, "learning_rates": [0.0], "weight_decays": [0.0], "probe_steps": 5}
+    pool = ["sft/step-10", "sft/step-9"]
+    _, models = warm(trajectory, monkeypatch, "still", checkpoints=pool, runs=3, **rates)
+    head = tiny.stored(trajectory / "still" / "reward-head")["score.weight"]
+    for model, step in zip(models, (10, 9, 10), strict=True):
+        start = tiny.stored(trajectory / f"sft/step-{step}")
+        assert torch.equal(model["score.weight"], head)
+        bodies = model.keys() - {"score.weight"}
+        assert bodies == start.keys() - {"lm_head.weight"}
+        assert all(torch.equal(model[name], start[name]) for name in bodies)
+
+
+@pytest.mark.slow
+def test_they_learn_and_their_mean_is_the_result(trajectory, monkeypatch):
+    settings = {"steps": 80, "probe_steps": 40, "learning_rates": [2e-3, 3e-3], "runs": 2}
+    made, models = warm(trajectory, monkeypatch, "learnt", checkpoints="sft/step-10", **settings)
+    assert made.keys() == models[0].keys()
+    for name, value in made.items():
+        wanted = torch.stack([model[name].double() for model in models]).mean(0)
+        assert (value.double() - wanted).abs().max() <= 2e-7 * wanted.abs().max(), name
+    assert not torch.equal(models[0]["score.weight"], models[1]["score.weight"])  # other batches, another rate
+    evaluation = Preferences(data=["held-out.jsonl"], batch_size=256)
+    for place in ("learnt-mean", "learnt/reward-0-from-step-10", "learnt/reward-1-from-step-10"):
+        assert score(open_checkpoint(trajectory / place), evaluation).metrics["accuracy"] > 0.7
 
 
 def test_heads_of_other_shapes_are_refused(tmp_path):

@@ -29,8 +29,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         model.save_pretrained(folder / f"m{i}")
         tiny.byte_tokenizer(folder / f"m{i}")
     (folder / "held-out.txt").write_text("It was the best of times, it was the worst of times. " * 4)
-    rows = [{"text": text * 3, "label": label} for text, label in [("up", "good"), ("down", "bad")] * 8]
-    (folder / "mood.jsonl").write_text("\n".join(map(json.dumps, rows)))
     service = Service(folder, MERGER_TASK_CPUS="1")
     try:
         yield service.start()
@@ -98,37 +96,3 @@ def test_data_outside_of_the_roots_and_tasks_that_run_code_are_refused(service: 
         answer = service.http.post("/v1/jobs", json={"recipe": content})
         assert answer.status_code == 422
         assert complaint in answer.text
-
-
-def study(output: str, folder: str) -> dict[str, Any]:
-    training = {"task": "classification", "auxiliary": {"mood": "mood.jsonl"}, "target": "mood.jsonl", "runs": 3}
-    training |= {"steps": 12, "probe_steps": 4, "extra_head_steps": 2, "batch_size": 4, "folder": folder}
-    return {"method": "ratatouille", "base": "m0", "training": training, "output": {"path": output}}
-
-
-@pytest.mark.slow
-def test_fine_tunings_whose_runner_is_killed_go_on_and_come_to_the_same_model(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def finished() -> dict[str, int]:
-        return {path.parent.name: path.stat().st_mtime_ns for path in service.folder.glob("stages/*/stage.json")}
-
-    job = service.submit(study("trained", "stages"))
-    until(lambda: len([name for name in finished() if not name.startswith(".")]) >= 2, 120)
-    [runner] = service.processes("workers.runner")
-    runner.kill()
-    kept = finished()
-    ended = service.ended(job, 300)
-    assert ended["state"] == "succeeded", ended["error"]
-    assert len(ended["attempts"]) == 2
-    assert {name: finished()[name] for name in kept if not name.startswith(".")}.items() <= kept.items()
-    monkeypatch.chdir(service.folder)
-    run(make_document(study("trained-alone", "stages-alone")), Options(), Silent())
-    files = [(service.folder / name / "model.safetensors").read_bytes() for name in ("trained", "trained-alone")]
-    assert files[0] == files[1]
-
-
-def test_stages_are_not_written_outside_of_the_roots(service: Service) -> None:
-    answer = service.http.post("/v1/jobs", json={"recipe": study("out", "/tmp/elsewhere")})
-    assert answer.status_code == 422
-    assert "outside of the folders" in answer.text
