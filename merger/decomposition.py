@@ -110,7 +110,7 @@ def _rotate(p: Any, q: Any, cosine: Any, sine: Any) -> None:
 
 def svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """U^T, the singular values in falling order, V^T of a square matrix; rows of U^T for a value of 0 are 0."""
-    rows, turned = np.ascontiguousarray(matrix.T), np.eye(len(matrix))
+    rows, turned = matrix.T.copy(), np.eye(len(matrix))
     scale = float(np.abs(rows).max(initial=0.0))
     if scale == 0.0:
         return np.zeros_like(rows), np.zeros(len(rows)), turned
