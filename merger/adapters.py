@@ -188,6 +188,11 @@ def names_of(module: str, is_embedding: bool) -> tuple[str, str]:
     return f"{PREFIX}{module}{a}", f"{PREFIX}{module}{b}"
 
 
+def module_of(name: str) -> str:
+    """The module that a factor in a file belongs to."""
+    return name.removeprefix(PREFIX).partition(".lora_")[0]
+
+
 def name_of_copy(name: str) -> str:
     """The name in a file of a copy of the base's tensor."""
     module, _, last = name.rpartition(".")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.expression import Expression, File, Identical, Stored, cast
-from merger.storage.folder import ModelFolder, WeightFile, open_folder
+from merger.storage.folder import ADAPTER, ModelFolder, WeightFile, open_folder
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Source:
     step: int | None
     files: tuple[File, ...]
     optimizer: Mapping[str, Expression] = field(default_factory=dict, compare=False)  # from optimizer.safetensors
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is no model, but changes to one."""
+        return any(file.path.name == ADAPTER for file in self.files)
 
 
 @dataclass(frozen=True)

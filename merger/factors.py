@@ -13,6 +13,7 @@ from typing import final
 import numpy as np
 
 from merger.decomposition import Matrix, absorb, multiply, svd, triangular
+from merger.errors import UnsupportedModel
 from merger.expression import (
     ByteRange,
     Evaluate,
@@ -269,7 +270,16 @@ class Truncated(Expression):
 
 
 def truncated(left: Expression, right: Expression, rank: int) -> tuple[Expression, Expression]:
-    """The factors, in float64, of the best approximation of left * right of a rank below that of the factors."""
+    """The factors, in float64, of the best approximation of left * right of a rank below that of the factors.
+
+    Raises UnsupportedModel where those are approximations themselves.
+    """
+    if any(True for _ in chain(left.measures(), right.measures())):
+        raise UnsupportedModel(
+            "what is measured already cannot be measured again on the fly",
+            where="rank",
+            remedy="Run the inner recipe into a folder of its own first.",
+        )
     left, right = cast(left, "F64"), cast(right, "F64")
     (height, inner), (_, width) = left.shape, right.shape
     both = join([left, right], (inner * (height + width),))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merger.adapters import summary
+from merger.adapters import module_of, summary
 from merger.architecture import embedding_of, head_of, is_depth_router, ties_embeddings
 from merger.checkpoint import open_checkpoint
 from merger.checksum import checksum, leaves
@@ -116,7 +116,7 @@ def check_ranks(plan: Plan) -> list[Check]:
     shares = {name: pair[0] / pair[1] if pair[1] else 1.0 for name, pair in norms.items()}
     least = min(shares, key=lambda name: shares[name])
     told = f"{kept / whole if whole else 1.0:.4%} of the squared norm of the sum is kept in {len(norms)} modules"
-    return [Check("rank", True, f"{told}; the least, {shares[least]:.4%}, in {least.partition('.lora_')[0]}")]
+    return [Check("rank", True, f"{told}; the least, {shares[least]:.4%}, in {module_of(least)}")]
 
 
 # ---- at any time --------------------------------------------------------------------------------------

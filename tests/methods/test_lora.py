@@ -215,6 +215,17 @@ def test_a_lower_rank_is_the_best_approximation(sets, tmp_path, rank):
     )
 
 
+def test_an_approximation_of_an_approximation_needs_a_folder_between(sets, tmp_path):
+    base, found = sets("ranks")
+    inner = recipe(found, [1.0, 1.0], rank=4)
+    refused({"method": "lora", "adapters": [inner], "rank": 2}, UnsupportedModel, "cannot be measured again")
+    outer = {"method": "lora", "adapters": [{"source": inner, "weight": 2.0}], "base": str(base)}
+    make(outer, tmp_path / "a")
+    make(inner, tmp_path / "inner")
+    make({"method": "lora", "adapters": [str(tmp_path / "inner")], "scale": 2.0, "base": str(base)}, tmp_path / "b")
+    agree(tiny.stored(tmp_path / "a"), tiny.stored(tmp_path / "b"), 1e-6)
+
+
 def test_a_rank_that_is_enough_changes_nothing(sets, tmp_path):
     base, found = sets("modules")
     outcome = make(recipe(found, [1.0, 1.0], rank=5), tmp_path / "out")
