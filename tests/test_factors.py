@@ -1,5 +1,7 @@
 """Products of thin matrices as expressions: any range, any nesting, within the memory that they state."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,11 @@ def test_tall_factors_are_absorbed_in_blocks():
     lower = [evaluate(side.measured(found)).reshape(side.shape) for side in (left, right)]
     error = np.linalg.norm(np.linalg.svd(wanted, compute_uv=False)[2:])
     assert np.isclose(np.linalg.norm(wanted - lower[0] @ lower[1]), error, rtol=1e-9)
+
+
+def test_both_sides_share_one_measure_on_other_machines_too():
+    left, right = pickle.loads(pickle.dumps(truncated(*stacked(TERMS), 2)))
+    assert len({*left.measures(), *right.measures()}) == 1
 
 
 def test_a_single_term_needs_no_stack():

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from merger.assessment import assess
 from merger.errors import FormatError, IncompatibleSources, PickledWeights, RecipeError, SourceError, UnsupportedModel
+from merger.evaluation import Score, Text
+from merger.methods.method import Judge
 from tests import adapters, tiny
 from tests.methods.making import make, plan
 
@@ -327,6 +330,25 @@ def test_a_base_that_is_an_average_is_rounded_once(sets, tmp_path):
     a, b, made = tiny.stored(base), tiny.stored(other), tiny.stored(tmp_path / "out")
     wanted = {k: (a[k].double() + b[k].double()) / 2 + total.get(k.removesuffix(".weight"), 0) for k in a}
     agree(made, wanted, 1e-6)
+
+
+class Deaf(Judge):
+    """Keeps what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, candidate, evaluation, key=None):
+        self.asked.append(candidate)
+        return Score({"loss": 1.0}, "tokens", (1.0,), (1.0,))
+
+
+def test_a_result_is_compared_with_its_base_and_not_with_adapters(sets, tmp_path):
+    base, found = sets("alike")
+    outcome = make(recipe(found, [0.5, 0.5], base=str(base)), tmp_path / "out")
+    judge = Deaf()
+    assess(outcome.plan, tmp_path / "out", Text(data=["x"], better_than=["sources"]), judge)
+    assert judge.asked[1:] == [str(base)]
 
 
 def test_weights_of_zero_leave_the_base(sets, tmp_path):
