@@ -166,17 +166,20 @@ def _change(
 
 def _setting(module: str, config: Mapping[str, Any], patterns: str, default: str, label: str) -> float:
     """A number that holds for a module: that of the first pattern that matches the end of its name, else `default`."""
-    value = config.get(default, 8)
+    value, found = config.get(default, 8), config.get(patterns) or {}
+    if not isinstance(found, Mapping):
+        raise FormatError("is not a mapping of patterns", where=f"{label}: {patterns}")
     try:
-        for pattern, number in (config.get(patterns) or {}).items():
+        for pattern, number in found.items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 value = number
                 break
     except re.error as error:
         raise FormatError(f"holds no pattern: {error}", where=f"{label}: {patterns}") from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or (default == "r" and value < 1):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (default == "r" and value < 1):
         raise FormatError(f"is {value!r}, not a number", where=f"{label}: {default} of {module}")
-    return value
+    return float(value)
 
 
 # ---- writing ------------------------------------------------------------------------------------------

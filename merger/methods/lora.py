@@ -22,8 +22,9 @@ from merger.adapters import (
 )
 from merger.checkpoint import Checkpoint, Part
 from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
-from merger.expression import Expression, Identical, Stored, cast, combine
+from merger.expression import Expression, Filled, Identical, Stored, cast, combine
 from merger.factors import stacked, truncated
+from merger.kernels import CODES
 from merger.methods.fine_tunes import Entries, opened
 from merger.methods.grafting import grafted
 from merger.methods.method import Method, Source, Sources, open_source
@@ -113,9 +114,13 @@ class Sum:
                 where=f"combine: factors: {module}",
                 remedy="With combine: exact ranks, scales and modules may differ.",
             )
-        a = combine([(w, change.a) for w, change in zip(self.weights, kept, strict=True)], "F64")
-        b = combine([(w, change.b) for w, change in zip(self.weights, kept, strict=True)], "F64")
+        a, b = (self._total([getattr(change, side) for change in kept]) for side in ("a", "b"))
         return [(self.scale * kept[0].scale, b, a)]
+
+    def _total(self, factors: Sequence[Expression]) -> Expression:
+        """The weighted sum, which may be of nothing: an adapter that is named twice, for and against."""
+        nothing = Filled("F64", factors[0].shape)
+        return combine([*zip(self.weights, factors, strict=True), (1.0, nothing)], "F64")
 
     def _check(self, modules: Mapping[str, None]) -> None:
         """See that the adapters change one model: the same kinds of modules in the same shapes."""
@@ -154,6 +159,11 @@ class Sum:
                     f"is a whole tensor (a bias or a saved module), not a change: only its mean makes sense, and {why}",
                     where=f"tensor {name!r}",
                     remedy="Let the weights sum to 1, of adapters that all have it.",
+                )
+            odd = {adapter.values[name].dtype for adapter in self.adapters} - CODES.keys()
+            if odd:
+                raise UnsupportedModel(
+                    f"is {min(odd)}, of which there is no mean", where=f"tensor {name!r}", remedy=REMEDY
                 )
             shapes = {adapter.values[name].shape for adapter in self.adapters}
             if len(shapes) > 1:
@@ -227,7 +237,7 @@ class Sum:
 
     def _bases(self) -> list[str]:
         """A path tells little: the same model lies in other places on other machines."""
-        names = {adapter.config.get("base_model_name_or_path"): adapter.label for adapter in self.adapters}
+        names = {str(adapter.config.get("base_model_name_or_path")): adapter.label for adapter in self.adapters}
         if len(names) < 2:
             return []
         told = ", ".join(f"{name} ({label})" for name, label in names.items())

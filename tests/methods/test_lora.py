@@ -236,9 +236,10 @@ def test_a_rank_that_is_enough_changes_nothing(sets, tmp_path):
     assert "rank" not in {check.name for check in outcome.checks}
 
 
-def test_adapters_that_cancel_out_leave_zeros(sets, tmp_path):
+@pytest.mark.parametrize("fields", [{"rank": 2}, {}, {"combine": "factors"}])
+def test_adapters_that_cancel_out_leave_zeros(sets, tmp_path, fields):
     _, found = sets("alike")
-    make(recipe([found[0], found[0]], [1.0, -1.0], rank=2), tmp_path / "out")
+    make(recipe([found[0], found[0]], [1.0, -1.0], **fields), tmp_path / "out")
     for b, a in in_numpy(tmp_path / "out").values():
         assert np.abs(b @ a).max() < 1e-12
 
@@ -347,7 +348,7 @@ def test_a_result_is_compared_with_its_base_and_not_with_adapters(sets, tmp_path
     base, found = sets("alike")
     outcome = make(recipe(found, [0.5, 0.5], base=str(base)), tmp_path / "out")
     judge = Deaf()
-    assess(outcome.plan, tmp_path / "out", Text(data=["x"], better_than=["sources"]), judge)
+    assess(outcome.plan, tmp_path / "out", Text(data=[__file__], better_than=["sources"]), judge)
     assert judge.asked[1:] == [str(base)]
 
 
@@ -406,6 +407,8 @@ def refused(recipe, kind, match):
         ({"r": 3}, "where the config says rank 3"),
         ({"r": "three"}, "is 'three', not a number"),
         ({"rank_pattern": {"(": 3}}, "holds no pattern"),
+        ({"rank_pattern": ["q_proj"]}, "is not a mapping"),
+        ({"lora_alpha": float("inf")}, "is inf, not a number"),
     ],
 )
 def test_adapters_that_mean_something_else_are_refused(sets, tmp_path, changes, says):
@@ -463,6 +466,14 @@ def test_whole_tensors_that_one_adapter_lacks_are_refused(sets):
     _, saved = sets("saved")
     _, plain = sets("alike")
     refused(recipe([saved[0], plain[0]], [0.5, 0.5]), IncompatibleSources, "and .* has none")
+
+
+def test_whole_numbers_have_no_mean(sets, tmp_path):
+    _, found = sets("saved")
+    odd = shutil.copytree(found[0], tmp_path / "odd")
+    name = "base_model.model.model.norm.weight"
+    save_file({**adapters.stored(odd), name: torch.arange(32)}, odd / "adapter_model.safetensors")
+    refused(recipe([odd, odd], [0.25, 0.75]), UnsupportedModel, "is I64, of which there is no mean")
 
 
 def test_a_mean_of_whole_tensors(sets, tmp_path):
