@@ -82,7 +82,7 @@ def assess(plan: Plan, folder: Path, evaluation: Measured, judge: Judge, work: P
 
 
 def _compared(plan: Plan, evaluation: Measured) -> list[str]:
-    sources = [part.source.reference for part in plan.checkpoint.parts]
+    sources = [part.source.reference for part in plan.checkpoint.parts if not part.source.is_adapter]
     named = [sources if name in ("source", "sources") else [name] for name in evaluation.better_than]
     return list(dict.fromkeys(name for names in named for name in names))
 

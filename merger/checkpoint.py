@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
-from merger.expression import Expression, File, Stored, cast
-from merger.storage.folder import ModelFolder, WeightFile, open_folder
+from merger.expression import Expression, File, Identical, Stored, cast
+from merger.storage.folder import ADAPTER, ModelFolder, WeightFile, open_folder
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Source:
     step: int | None
     files: tuple[File, ...]
     optimizer: Mapping[str, Expression] = field(default_factory=dict, compare=False)  # from optimizer.safetensors
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is no model, but changes to one."""
+        return any(file.path.name == ADAPTER for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Checkpoint:
     who asked, `warnings` too, and are refused under --strict. `label` is what a person calls it.
 
     Surgery adds its `origin`, the moments of an optimizer under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, files
-    of its own (`texts`, name to content) and paragraphs for the model card.
+    of its own (`texts`, name to content) and paragraphs for the model card. `same` are tensors, by name, that must hold
+    the same bytes in several sources though they are not written.
     """
 
     tensors: Mapping[str, Expression]
@@ -92,6 +98,12 @@ class Checkpoint:
     texts: Mapping[str, str] = field(default_factory=dict)
     paragraphs: tuple[str, ...] = ()
     kin: tuple[Kin, ...] = ()
+    same: tuple[tuple[str, Identical], ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is changes to a model that is elsewhere (its config that of PEFT), not a model."""
+        return "peft_type" in (self.config or {})
 
     def noting(self, note: str) -> "Checkpoint":
         """The same checkpoint with one more note."""
@@ -102,7 +114,12 @@ class Checkpoint:
         return replace(self, label=label)
 
     def with_side_files_of(self, giver: "Checkpoint") -> "Checkpoint":
-        """The same tensors with another model's config, tokenizer and other side files; ties stay as they are here."""
+        """The same tensors with another model's config, tokenizer and other side files; ties stay as they are here.
+
+        An adapter and a model give each other their side files, not their configs.
+        """
+        if self.is_adapter != giver.is_adapter:
+            return replace(self, side_files=giver.side_files)
         config = giver.config
         if config and ties_embeddings(config) != ties_embeddings(self.config):
             config = with_ties(config, ties_embeddings(self.config))
@@ -125,14 +142,20 @@ def root_of(checkpoint: Checkpoint) -> Origin | None:
 
 
 def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint with its floating tensors in another dtype, but for those that models keep in float32."""
+    """The checkpoint with its floating tensors in another dtype, but for those that models keep in float32, and for
+    copies of what is not made here (an adapter's of its base).
+    """
     tensors = {
         name: tensor
-        if not DTYPES[tensor.dtype].is_float or (tensor.dtype == "F32" and kept_in_float32(name, checkpoint.config))
+        if not DTYPES[tensor.dtype].is_float
+        or isinstance(tensor, Identical)
+        or (tensor.dtype == "F32" and kept_in_float32(name, checkpoint.config))
         else cast(tensor, dtype)
         for name, tensor in checkpoint.tensors.items()
     }
-    config = with_dtype(checkpoint.config, TORCH_NAMES[dtype]) if checkpoint.config else None
+    config = checkpoint.config
+    if config and not checkpoint.is_adapter:
+        config = with_dtype(config, TORCH_NAMES[dtype])
     origin = checkpoint.origin
     if origin:  # what is claimed is claimed of both in one dtype
         origin = replace(origin, checkpoint=in_dtype(origin.checkpoint, dtype))

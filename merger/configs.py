@@ -32,6 +32,9 @@ _OF_ALL = {
 def resolved(config: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """The config with every default of its family. Raises UnsupportedModel where transformers does not know it."""
     kind = (config or {}).get("model_type")
+    if config and "peft_type" in config:
+        remedy = "`method: lora` with `base` makes a model of it."
+        raise UnsupportedModel("is an adapter, not a model", where=where, remedy=remedy)
     if config is None or not isinstance(kind, str):
         raise UnsupportedModel("has no config.json with a model_type", where=where, remedy="Restore config.json.")
     if config.get("quantization_config"):

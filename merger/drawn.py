@@ -4,7 +4,7 @@ Numbers follow from a key and an element's index (`merger.noise`), so they are t
 order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -53,7 +53,7 @@ class Moments(Measure):
     chosen: Mask
     axis: int
 
-    def compute(self, evaluate: Evaluate) -> tuple[float, ...]:
+    def compute(self, evaluate: Evaluate) -> Sequence[float]:
         width = self.of.shape[1]
         count = int(self.chosen.sum()) * self.of.shape[1 - self.axis]
         if not count:
@@ -85,7 +85,7 @@ class Redrawn(Expression):
     kept: Expression
     moments: Moments
     noise: Noise
-    found: tuple[float, ...] | None = None  # mean and standard deviation, once they are measured
+    found: Sequence[float] | None = None  # mean and standard deviation, once they are measured
 
     def leaves(self) -> Iterator[Stored]:
         return self.kept.leaves()
@@ -100,7 +100,7 @@ class Redrawn(Expression):
         if self.found is None:
             yield self.moments
 
-    def measured(self, found: Mapping[Measure, tuple[float, ...]]) -> Expression:
+    def measured(self, found: Mapping[Measure, Sequence[float]]) -> Expression:
         return self if self.found is not None else replace(self, found=found[self.moments])
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:

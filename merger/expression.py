@@ -91,7 +91,7 @@ class Expression(ABC):
         """What must be known about whole tensors before any element can be made."""
         return iter(())
 
-    def measured(self, found: Mapping["Measure", tuple[float, ...]]) -> "Expression":
+    def measured(self, found: Mapping["Measure", Sequence[float]]) -> "Expression":
         """The same with the numbers that its measures came to."""
         return self
 
@@ -115,7 +115,7 @@ class Measure(ABC):
     of: Expression
 
     @abstractmethod
-    def compute(self, evaluate: Evaluate) -> tuple[float, ...]:
+    def compute(self, evaluate: Evaluate) -> Sequence[float]:
         """The numbers; `evaluate` gives the elements from one to another, in the expression's dtype."""
 
 
@@ -205,7 +205,7 @@ class WeightedSum(Expression):
     def measures(self) -> Iterator[Measure]:
         return chain.from_iterable(term.measures() for _, term in self.terms)
 
-    def measured(self, found: Mapping[Measure, tuple[float, ...]]) -> Expression:
+    def measured(self, found: Mapping[Measure, Sequence[float]]) -> Expression:
         return replace(self, terms=tuple((weight, term.measured(found)) for weight, term in self.terms))
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
@@ -272,7 +272,7 @@ class Joined(Expression):
     def measures(self) -> Iterator[Measure]:
         return chain.from_iterable(part.measures() for part in self.parts)
 
-    def measured(self, found: Mapping[Measure, tuple[float, ...]]) -> Expression:
+    def measured(self, found: Mapping[Measure, Sequence[float]]) -> Expression:
         return replace(self, parts=tuple(part.measured(found) for part in self.parts))
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:

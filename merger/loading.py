@@ -41,6 +41,9 @@ def load(
     """
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if checkpoint.is_adapter:
+        remedy = "A recipe with `method: lora` and `base` makes a model of it."
+        raise UnsupportedModel("is an adapter, not a model", where=checkpoint.label, remedy=remedy)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     config, tokenizer = _config_and_tokenizer(checkpoint)
     config.update(dict(changes or {}))

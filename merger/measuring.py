@@ -17,22 +17,29 @@ from merger.storage.disk import page_aligned
 
 def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> Sequence[Shard]:
     """The shards with the numbers that their expressions ask for. Raises ReadFailed and SourceChanged."""
-    wanted = list(dict.fromkeys(_measures(shards)))
-    if not wanted:
+    found = found_in(shards, inputs, threads)
+    if not found:
         return shards
-    with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(wanted, pool.map(lambda measure: _compute(measure, inputs), wanted), strict=True))
     return [
         replace(shard, entries=tuple(replace(e, expression=e.expression.measured(found)) for e in shard.entries))
         for shard in shards
     ]
 
 
+def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> dict[Measure, Sequence[float]]:
+    """The numbers themselves."""
+    wanted = list(dict.fromkeys(_measures(shards)))
+    if not wanted:
+        return {}
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(wanted, pool.map(lambda measure: _compute(measure, inputs), wanted), strict=True))
+
+
 def _measures(shards: Iterable[Shard]) -> Iterable[Measure]:
     return (measure for shard in shards for entry in shard.entries for measure in entry.expression.measures())
 
 
-def _compute(measure: Measure, inputs: OpenFiles) -> tuple[float, ...]:
+def _compute(measure: Measure, inputs: OpenFiles) -> Sequence[float]:
     def evaluate(start: int, stop: int) -> Bytes:
         buffer = page_aligned(measure.of.memory(stop - start))
         values = read(set(measure.of.reads(start, stop)), inputs, buffer)

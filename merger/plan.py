@@ -7,14 +7,16 @@ with anything that could change a byte of the result: the recipe, the sources as
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from merger.checkpoint import Checkpoint
 from merger.expression import Expression, Identical
-from merger.storage.folder import OPTIMIZER
+from merger.storage.folder import ADAPTER, OPTIMIZER
 from merger.storage.safetensors import build_header
 
 # Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
@@ -79,15 +81,17 @@ class Plan:
 
     def buffers(self) -> Iterator[tuple[str, Identical]]:
         """The tensors that must be the same in every source."""
-        return ((name, tensor) for name, tensor in self.checkpoint.tensors.items() if isinstance(tensor, Identical))
+        written = ((name, tensor) for name, tensor in self.checkpoint.tensors.items() if isinstance(tensor, Identical))
+        return chain(written, self.checkpoint.same)
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Mapping[str, Any], shard_size: int) -> Plan:
     """Lay the checkpoint out in shards of at most `shard_size` bytes of tensors (a larger tensor gets one of its
-    own).
+    own); an adapter, which PEFT reads from one file, in one.
     """
-    groups = list(_groups(checkpoint.tensors, shard_size))
-    names = ["model.safetensors"] if len(groups) == 1 else list(_numbered(len(groups)))
+    groups = list(_groups(checkpoint.tensors, sys.maxsize if checkpoint.is_adapter else shard_size))
+    whole = ADAPTER if checkpoint.is_adapter else "model.safetensors"
+    names = [whole] if len(groups) == 1 else list(_numbered(len(groups)))
     shards = tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
     if checkpoint.optimizer:
         shards = (*shards, _shard(OPTIMIZER, checkpoint.optimizer.items()))

@@ -35,7 +35,9 @@ def check_buffers(plan: Plan) -> None:
                 raise IncompatibleSources(
                     f"is {tensor.dtype} and differs between {tensor.first.file.path} and {other.file.path}",
                     where=f"tensor {name!r}",
-                    remedy="Integers are copied, not averaged, so they must agree. Leave one of the checkpoints out.",
+                    remedy="They hold copies of their bases, which are not the same model. Leave one of them out."
+                    if DTYPES[tensor.dtype].is_float
+                    else "Integers are copied, not averaged, so they must agree. Leave one of the checkpoints out.",
                 )
 
 

@@ -1,7 +1,8 @@
 """The output folder: taking it, going on in it, completing it. Knows what may be written where; knows no arithmetic.
 
-Shards and receipts come first, the index and config.json last: a folder with config.json is complete. While
-the work goes on the folder has a `.merger` folder, which holds the plan's fingerprint, receipts and a lock.
+Shards and receipts come first, the index and config.json (of an adapter adapter_config.json) last: a folder that has
+it is complete. While the work goes on the folder has a `.merger` folder, which holds the plan's fingerprint, receipts
+and a lock.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ from merger.errors import OutputOccupied, WriteFailed
 from merger.plan import Plan, index_of
 from merger.receipt import FOLDER, Receipt, read_receipt
 from merger.storage.disk import sync_folder, write_atomically
-from merger.storage.folder import read_json
+from merger.storage.folder import ADAPTER_CONFIG, CONFIG, read_json
 from merger.verify import MANIFEST
 
 _PLAN = "plan.json"
@@ -87,7 +88,7 @@ def finished_shards(output: Path, plan: Plan) -> list[Receipt]:
 
 
 def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifest: Mapping[str, Any]) -> None:
-    """Put everything but the shards into the folder, config.json last, and clear the traces of the work."""
+    """Put everything but the shards into the folder, its config last, and clear the traces of the work."""
     checkpoint = plan.checkpoint
     for name, source in checkpoint.side_files.items():
         write_atomically(output / name, source.read_bytes())
@@ -97,7 +98,7 @@ def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifes
         _write_json(output / INDEX, index_of(plan))
     _write_json(output / MANIFEST, manifest)
     if checkpoint.config is not None:
-        _write_json(output / "config.json", checkpoint.config)
+        _write_json(output / (ADAPTER_CONFIG if checkpoint.is_adapter else CONFIG), checkpoint.config)
     shutil.rmtree(output / FOLDER)
     sync_folder(output)
 

@@ -91,8 +91,15 @@ def model_card(plan: Plan, evidence: Evidence = NONE) -> str:
         claim=origin.says if (origin := root_of(plan.checkpoint)) else "",
         version=merger.__version__,
         fingerprint=plan.fingerprint,
-        has_config=plan.checkpoint.config is not None,
+        library=_library(plan),
     )
+
+
+def _library(plan: Plan) -> str:
+    """What loads the result, as far as that is known."""
+    if plan.checkpoint.is_adapter:
+        return "peft"
+    return "transformers" if plan.checkpoint.config is not None else ""
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:

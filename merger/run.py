@@ -15,6 +15,7 @@ from pathlib import Path
 from merger import gallery, kernels, publish
 from merger.assessment import Evidence, assess, require
 from merger.budget import DEFAULT_MEMORY, Allotment, allot
+from merger.checkpoint import Checkpoint
 from merger.engine import write_shards
 from merger.errors import (
     IncompatibleSources,
@@ -43,7 +44,7 @@ from merger.recipe import (
 from merger.report import NONE, Figures, manifest, model_card, page
 from merger.sources import LocalSources
 from merger.storage.folder import read_json
-from merger.verify import MANIFEST, Check, check_written
+from merger.verify import MANIFEST, Check, check_ranks, check_written
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def plan_of(document: Document, options: Options, sources: Sources | None = None
     check_evaluations(document, sources)
     with _without_collector():
         checkpoint = resolve(document, sources)
+        _check_measurable(document, checkpoint)
         plan = make_plan(checkpoint, document.dump(), size_in_bytes(document.output.shard_size))
     if options.strict and checkpoint.warnings:
         raise IncompatibleSources(
@@ -108,6 +110,15 @@ def plan_of(document: Document, options: Options, sources: Sources | None = None
     check_buffers(plan)
     check_kin(plan)
     return plan, allotment
+
+
+def _check_measurable(document: Document, checkpoint: Checkpoint) -> None:
+    if document.evaluate and checkpoint.is_adapter:
+        raise RecipeError(
+            "the result is an adapter, which computes nothing without its base",
+            where="evaluate",
+            remedy="Name the `base` in the recipe, or evaluate a recipe that does: `merger evaluate RECIPE`.",
+        )
 
 
 @contextmanager
@@ -234,6 +245,7 @@ def verified(plan: Plan, output: Path, receipts: Sequence[Receipt], parity: Mode
     checks = check_written(plan, output, receipts)
     proof = parity_check(plan, output, parity) if all(check.passed for check in checks) else None
     checks += [proof] if proof else []
+    checks += check_ranks(plan)
     failed = [check for check in checks if not check.passed]
     if failed:
         remedy = "Choose a wider `output.dtype`, such as bfloat16 or float32." if failed[0].name == "finite" else ""

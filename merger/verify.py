@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merger.adapters import module_of, summary
 from merger.architecture import embedding_of, head_of, is_depth_router, ties_embeddings
+from merger.checkpoint import open_checkpoint
 from merger.checksum import checksum, leaves
 from merger.dtypes import DTYPES
 from merger.errors import NotInstalled
 from merger.expression import Expression
+from merger.factors import Truncation
 from merger.kernels import Bytes, count_non_finite
+from merger.measuring import found_in
 from merger.plan import Plan
+from merger.reader import OpenFiles
 from merger.receipt import Receipt
 from merger.storage.disk import PAGE, InputFile, page_aligned
-from merger.storage.folder import ModelFolder, open_folder, read_json
+from merger.storage.folder import ADAPTER, ModelFolder, open_folder, read_json
 from merger.storage.safetensors import Header
 
 MANIFEST = "merger.json"
@@ -87,6 +92,33 @@ def _ties(config: Mapping[str, Any] | None, tensors: Mapping[str, Expression]) -
     )
 
 
+def check_ranks(plan: Plan) -> list[Check]:
+    """How much of the sum is in the factors of a lower rank that were written; nothing where none were.
+
+    Raises ReadFailed and SourceChanged: the sources are looked at once more.
+    """
+    names = {
+        measure: entry.name
+        for shard in plan.shards
+        for entry in shard.entries
+        for measure in entry.expression.measures()
+        if isinstance(measure, Truncation)
+    }
+    inputs = OpenFiles()
+    try:
+        found = found_in(plan.shards, inputs, os.cpu_count() or 1) if names else {}
+    finally:
+        inputs.close()
+    norms = {name: found[measure][-2:] for measure, name in names.items()}
+    if not norms:
+        return []
+    kept, whole = (sum(pair[i] for pair in norms.values()) for i in (0, 1))
+    shares = {name: pair[0] / pair[1] if pair[1] else 1.0 for name, pair in norms.items()}
+    least = min(shares, key=lambda name: shares[name])
+    told = f"{kept / whole if whole else 1.0:.4%} of the squared norm of the sum is kept in {len(norms)} modules"
+    return [Check("rank", True, f"{told}; the least, {shares[least]:.4%}, in {module_of(least)}")]
+
+
 # ---- at any time --------------------------------------------------------------------------------------
 
 
@@ -104,9 +136,25 @@ def check_folder(folder: Path, *, load: bool = False, on_bytes: Callable[[int], 
     new = {name: count for name, count in found.items() if known.get(name) != count}
     finite = _check("finite", [f"{name}: {count} values are NaN or infinite" for name, count in new.items()], "")
     checks = [_structure(model), finite if new else _finite(found, {})]
+    is_adapter = model.files[0].path.name == ADAPTER
+    if is_adapter:
+        checks.append(_adapter(folder))
     if manifest:
         checks.append(_against_manifest(manifest, {name: scan.xxh3 for name, scan in scans.items()}))
-    return [*checks, _loads(folder)] if load else checks
+    return [*checks, _not_loaded() if is_adapter else _loads(folder)] if load else checks
+
+
+def _adapter(folder: Path) -> Check:
+    """Whether each factor has its other half, in the rank that the config says."""
+    found = summary(open_checkpoint(folder))
+    if "refused" in found:
+        return Check("adapter", True, f"{found['type']}; merger could not merge it: {found['refused']}")
+    ranks = ", ".join(map(str, found["ranks"]))
+    return Check("adapter", True, f"{found['type']} of rank {ranks}: factors for {found['modules']} modules, in pairs")
+
+
+def _not_loaded() -> Check:
+    return Check("loads", True, "not tried: an adapter loads onto its base only")
 
 
 def _structure(model: ModelFolder) -> Check:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from merger.adapters import summary
 from merger.checkpoint import Checkpoint, open_checkpoint
 from merger.cli.terminal import as_json, gigabytes
 
@@ -33,6 +34,7 @@ def _as_data(checkpoint: Checkpoint, *, all_tensors: bool) -> dict[str, Any]:
         "model": checkpoint.label,
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
+        "adapter": summary(checkpoint) if checkpoint.is_adapter else None,
         "step": checkpoint.parts[0].source.step,
         "parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         "dtypes": dtypes,
@@ -52,7 +54,7 @@ def _as_text(data: dict[str, Any]) -> str:
     kind = ", ".join(data["architectures"] or []) or data["model_type"] or "unknown (no config.json)"
     lines = [
         f"model       {data['model']}",
-        f"kind        {kind}",
+        *(_of_adapter(data["adapter"]) if data["adapter"] else [f"kind        {kind}"]),
         f"parameters  {data['parameters']:,}",
         f"files       {len(data['files'])}, {gigabytes(size)}",
         *(
@@ -64,3 +66,16 @@ def _as_text(data: dict[str, Any]) -> str:
         *(f"{row['dtype']:>8}  {row['shape']!s:24}  {name}" for name, row in data["tensors"].items()),
     ]
     return "\n".join(lines)
+
+
+def _of_adapter(adapter: dict[str, Any]) -> list[str]:
+    kind = f"kind        {adapter['type']} adapter for {adapter['base'] or 'a base that it does not name'}"
+    if "refused" in adapter:
+        return [kind, f"merging     refused: {adapter['refused']}"]
+    ranks, scales = (", ".join(f"{number:g}" for number in adapter[key]) for key in ("ranks", "scales"))
+    whole = adapter["whole_tensors"]
+    return [
+        f"{kind}, {adapter['task'] or 'for any task'}",
+        f"changes     {adapter['modules']} modules ({', '.join(adapter['kinds'])}), rank {ranks}, scale {scales}",
+        *([f"whole       {len(whole)} tensors, {whole[0]} first"] if whole else []),
+    ]

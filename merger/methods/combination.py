@@ -21,7 +21,7 @@ from merger.architecture import (
 )
 from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import DTYPES, Kind, promote
-from merger.errors import IncompatibleSources
+from merger.errors import IncompatibleSources, UnsupportedModel
 from merger.expression import Expression, Identical, Stored, combine
 from merger.tokenizer import difference
 
@@ -60,6 +60,12 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
 def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
     first = checkpoints[0]
     for checkpoint in checkpoints:
+        if checkpoint.is_adapter:
+            raise UnsupportedModel(
+                "is an adapter: the mean of its factors A and B apart is not the mean of what they do",
+                where=checkpoint.label,
+                remedy="`method: lora` adds adapters, with `base` into a model.",
+            )
         if checkpoint.config and "quantization_config" in checkpoint.config:
             raise IncompatibleSources(
                 "is quantized: its stored numbers are not its weights",

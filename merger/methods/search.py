@@ -4,20 +4,15 @@ Knows a recipe's fields as places that hold numbers; how candidates are measured
 """
 
 import re
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from merger.checkpoint import Checkpoint
-from merger.errors import NotInstalled
 from merger.evaluation import Chooser, Measured
+from merger.methods.evolution import Bounds, explore
 from merger.methods.method import Choice, Means, Method, Sources, Tried, is_open
-
-Bounds = tuple[float, float]
-_SIGMA = 0.25  # the first steps, in widths of the bounds
-_DIGITS = 6
 
 
 class Search(Method):
@@ -70,45 +65,10 @@ class Search(Method):
             return [sign * score.metrics[by] for score in scores]
 
         by, sign = self.select_on.by, 1.0 if self.select_on.lower_is_better else -1.0
-        measure([begin])
-        search = _grid if len(self.parameters) == 1 else _evolution
-        search(self.parameters, begin, self.budget - 1, self.seed, measure)
+        explore(self.parameters, begin, self.budget, self.seed, measure)
         best = min(range(len(rows)), key=lambda i: (sign * rows[i][1][by], i))
         steps = tuple(Tried(_told(point), metrics, i == best) for i, (point, metrics) in enumerate(rows))
         return _with(self.recipe, rows[best][0]), (Choice("search", by, steps[:1], steps[1:]),)
-
-
-Measure = Callable[[Sequence[dict[str, float]]], list[float]]
-
-
-def _grid(bounds: dict[str, Bounds], _begin: dict[str, float], budget: int, _seed: int, measure: Measure) -> None:
-    [(place, (low, high))] = bounds.items()
-    measure([{place: round(low + (high - low) * i / max(1, budget - 1), _DIGITS)} for i in range(budget)])
-
-
-def _evolution(bounds: dict[str, Bounds], begin: dict[str, float], budget: int, seed: int, measure: Measure) -> None:
-    """CMA-ES in the unit cube of the bounds; whole generations, the last one cut."""
-    if find_spec("cma") is None:
-        raise NotInstalled("cma is not installed", remedy="pip install 'merger[search]'")
-    import cma  # noqa: PLC0415
-
-    start = [min(1.0, max(0.0, (begin[place] - low) / (high - low))) for place, (low, high) in bounds.items()]
-    options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # to cma a seed of 0 is the time
-    strategy = cma.CMAEvolutionStrategy(start, _SIGMA, options)
-    left = budget
-    while left > 0 and not strategy.stop():
-        asked = strategy.ask()
-        points = [_point(bounds, one) for one in asked[:left]]
-        values = measure(points)
-        left -= len(points)
-        if len(points) == len(asked):
-            strategy.tell(asked, values)
-
-
-def _point(bounds: dict[str, Bounds], cube: Sequence[float]) -> dict[str, float]:
-    """The numbers at a point of the unit cube."""
-    pairs = zip(bounds.items(), cube, strict=True)
-    return {place: round(low + (high - low) * float(x), _DIGITS) for (place, (low, high)), x in pairs}
 
 
 # ---- places in a recipe -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A model in a local folder: which files hold its tensors, its config, what lies beside them.
+"""A model or an adapter in a local folder: which files hold its tensors, its config, what lies beside them.
 
 Reads headers, no weights.
 """
@@ -27,7 +27,18 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-NOT_SIDE_FILES = ("config.json", "*.index.json", "trainer_state.json", "merger.json", "stage.json", "*.py")
+CONFIG = "config.json"
+# An adapter as PEFT writes one: small changes to a model that is elsewhere.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOT_SIDE_FILES = (
+    CONFIG,
+    ADAPTER_CONFIG,  # beside a whole model transformers would load the adapter on top of it
+    "*.index.json",
+    "trainer_state.json",
+    "merger.json",
+    "stage.json",
+    "*.py",
+)
 TRAINING_STATE = (
     "optimizer*",
     "scheduler.pt",
@@ -84,7 +95,8 @@ def open_folder(path: Path) -> ModelFolder:
     if index and weight_map:
         _check_index(index, weight_map, files)
     optimizer = _weight_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else None
-    return ModelFolder(path, files, read_config(path), _side_files(path), _training_state(path), optimizer)
+    config = _adapter_config(path) if names == [ADAPTER] else read_config(path)
+    return ModelFolder(path, files, config, _side_files(path), _training_state(path), optimizer)
 
 
 def _weight_file(path: Path) -> WeightFile:
@@ -123,6 +135,9 @@ def _only_weights(folder: Path) -> str:
             remedy="Restore model.safetensors.index.json, or name one file.",
         )
     pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)} - {*_training_state(folder)})
+    if pickles == ["adapter_model.bin"]:
+        remedy = "Load it with PEFT where you trust it, and save it with save_pretrained: that writes safetensors."
+        raise PickledWeights("is a pickle, which merger does not read", where=str(folder / pickles[0]), remedy=remedy)
     if pickles:
         raise PickledWeights(
             f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(folder)
@@ -177,8 +192,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The model's config.json, or None where there is none."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     return read_json(path) if path.is_file() else None
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """What says how the tensors of an adapter change a model: without it they mean nothing."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        remedy = f"Restore {ADAPTER_CONFIG}: rank and scale stand there."
+        raise SourceError(f"holds {ADAPTER} and no {ADAPTER_CONFIG}", where=str(folder), remedy=remedy)
+    return read_json(path)
 
 
 def _side_files(folder: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoints import write_header, write_index, write_model
+from tests.checkpoints import write_header, write_index, write_model, write_safetensors
 
 RECIPE = {"method": "average", "checkpoints": ["a", "b"], "output": {"path": "out"}}
 ONES = np.ones((4, 8), np.float32)
@@ -279,3 +279,51 @@ def test_models_that_cannot_be_upcycled(tmp_path, llama_run, change, says):
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, **change}))
     refused(tmp_path, says, recipe={"method": "upcycle", "source": "dense", "experts": 4, "output": {"path": "out"}})
+
+
+# ---- adapters -----------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, name: str, **config: object) -> Path:
+    """A LoRA adapter of rank 2 for one module, as PEFT lays it out."""
+    (folder / name).mkdir()
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    (folder / name / "adapter_config.json").write_text(json.dumps(said))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": ONES[:2], f"{module}.lora_B.weight": ONES[:, :2]}
+    write_safetensors(folder / name / "adapter_model.safetensors", tensors)
+    return folder / name
+
+
+LORA = {"method": "lora", "adapters": ["x", "y"], "output": {"path": "out"}}
+
+
+def test_an_average_of_adapters(models):
+    for name in "xy":
+        write_adapter(models, name)
+    refused(models, "x: is an adapter", "`method: lora` adds adapters", recipe={**RECIPE, "checkpoints": ["x", "y"]})
+
+
+def test_an_adapter_that_is_not_linear(models):
+    write_adapter(models, "x")
+    write_adapter(models, "y", use_dora=True)
+    refused(models, "y: is a DoRA", "docs/lora.md", recipe=LORA)
+
+
+def test_an_adapter_for_another_model(models):
+    for name in "xy":
+        write_adapter(models, name)
+    says = "tensor 'model.layers.0.self_attn.q_proj.weight': is changed by the adapters, and a has no such tensor"
+    refused(models, says, "Name the adapters' own base", recipe={**LORA, "base": "a"})
+
+
+def test_an_adapter_whose_rank_is_not_what_its_config_says(models):
+    write_adapter(models, "x")
+    write_adapter(models, "y", r=3)
+    refused(models, "y: model.layers.0.self_attn.q_proj", "where the config says rank 3", recipe=LORA)
+
+
+def test_an_adapter_that_is_a_pickle(models):
+    write_adapter(models, "x")
+    (write_adapter(models, "y") / "adapter_model.safetensors").rename(models / "y" / "adapter_model.bin")
+    refused(models, "y/adapter_model.bin: is a pickle", "save_pretrained", recipe=LORA)
