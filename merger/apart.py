@@ -19,13 +19,3 @@ def requests() -> Iterator[str]:
     threading.Thread(target=read, daemon=True).start()
     while True:
         yield lines.get()
-
-
-def end_with_input() -> None:
-    """The same for a process that has its only request."""
-
-    def read() -> None:
-        sys.stdin.read()
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()

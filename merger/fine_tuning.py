@@ -3,13 +3,15 @@
 A stage whose folder holds its finished model is not trained again; one that was interrupted goes on.
 """
 
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,16 +73,30 @@ class LocalTrainer(Trainer):
     def __init__(self, sources: Sources, tell: Tell, roots: Sequence[Path] = ()) -> None:
         self._sources, self._tell = sources, tell
         self._roots = [str(root) for root in roots]
+        self._idle: queue.SimpleQueue[TrainingProcess] = queue.SimpleQueue()
 
     def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         check_installed()
         orders = orders_of(training, models, self._sources)
-        in_order(orders, self._train, os.cpu_count() or 1)
+        try:
+            in_order(orders, self._train, os.cpu_count() or 1)
+        finally:
+            while not self._idle.empty():
+                self._idle.get().close()
         return models_of(training, orders)
 
     def _train(self, order: Order, stopped: threading.Event) -> None:
         self._tell(f"training {order.stage.name}")
-        train_apart(order, self._roots, self._tell, stopped)
+        try:
+            process = self._idle.get_nowait()
+        except queue.Empty:
+            process = TrainingProcess(stopped)
+        try:
+            process.train(order, self._roots, self._tell)
+        except BaseException:
+            process.close()
+            raise
+        self._idle.put(process)
 
 
 def models_of(training: Training, orders: Sequence[Order]) -> tuple[list[str], list[str]]:
@@ -113,55 +129,85 @@ def in_order(orders: Sequence[Order], train: Any, at_once: int) -> None:
             raise
 
 
-def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> int:
-    """Train one stage in a process of its own; the step after which it went on, 0 where it began anew.
-
-    Raises what it tells, and WorkerDied where it dies.
+class TrainingProcess:
+    """A process that trains one stage after the other, so that what training needs is loaded once. It is killed when
+    `stopped` is set; `label` is for those who look at processes.
     """
-    request = {
-        "stage": asdict(order.stage),
-        "bodies": order.bodies,
-        "head": order.head,
-        "folder": str(order.folder),
-        "key": order.key,
-        "keep_seconds": order.keep_seconds,
-        "threads": threads,
-        "roots": list(roots),
-    }
-    with tempfile.TemporaryFile("w+") as complaints:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "merger.training", order.stage.name],  # the name is for those who look at processes
+
+    def __init__(self, stopped: threading.Event, label: str = "") -> None:
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "merger.training", *([label] if label else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=self._complaints,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
-        with process:
-            threading.Thread(target=_kill_when, args=(stopped, process), daemon=True).start()
-            assert process.stdin
-            assert process.stdout
-            print(json.dumps(request), file=process.stdin, flush=True)
-            began: int | None = None
-            for line in process.stdout:
-                answer: Mapping[str, Any] = json.loads(line)
-                if "error" in answer:
-                    raise error_of(answer["error"])
-                if "finished" in answer:
-                    return began or 0
-                if began is None:
-                    began = answer["done"] - 1
-                    if began:
-                        tell(f"{order.stage.name}: goes on after step {began} of {answer['total']}")
-                if answer["done"] == answer["total"] or answer["done"] % 50 == 0:
-                    tell(f"{order.stage.name}: step {answer['done']} of {answer['total']}, loss {answer['loss']:.4f}")
-        complaints.seek(0)
-        words = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise WorkerDied(f"the process that trains {order.stage.name} has died: {words}")
+        threading.Thread(target=self._kill_when, args=(stopped,), daemon=True).start()
+
+    def train(self, order: Order, roots: Sequence[str], tell: Tell, threads: int = 1) -> int:
+        """Train one stage; the step after which it went on, 0 where it began anew.
+
+        Raises what the process tells, and WorkerDied where it dies.
+        """
+        request = {
+            "stage": asdict(order.stage),
+            "bodies": order.bodies,
+            "head": order.head,
+            "folder": str(order.folder),
+            "key": order.key,
+            "keep_seconds": order.keep_seconds,
+            "threads": threads,
+            "roots": list(roots),
+        }
+        began: int | None = None
+        for answer in self._answers(request):
+            if "error" in answer:
+                raise error_of(answer["error"])
+            if "finished" in answer:
+                return began or 0
+            if began is None:
+                began = answer["done"] - 1
+                if began:
+                    tell(f"{order.stage.name}: goes on after step {began} of {answer['total']}")
+            if answer["done"] == answer["total"] or answer["done"] % 50 == 0:
+                tell(f"{order.stage.name}: step {answer['done']} of {answer['total']}, loss {answer['loss']:.4f}")
+        raise WorkerDied(f"the process that trains {order.stage.name} has died: {self._last_words()}")
+
+    def _answers(self, request: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            for line in self._process.stdout:
+                yield json.loads(line)
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._complaints.seek(0)
+        return (self._complaints.read().strip().splitlines() or [f"exit code {code}"])[-1]
+
+    def _kill_when(self, stopped: threading.Event) -> None:
+        while self._process.poll() is None:
+            if stopped.wait(0.5):
+                self._process.kill()
+
+    def close(self) -> None:
+        """End the process; it leaves whatever it is at."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._complaints.close()
 
 
-def _kill_when(stopped: threading.Event, process: "subprocess.Popen[str]") -> None:
-    while process.poll() is None:
-        if stopped.wait(0.5):
-            process.kill()
-            return
+def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> int:
+    """Train one stage in a process of its own, as `TrainingProcess.train` does."""
+    process = TrainingProcess(stopped, order.stage.name)
+    try:
+        return process.train(order, roots, tell, threads)
+    finally:
+        process.close()

@@ -1,10 +1,11 @@
-"""Fine-tunes a model: `python -m merger.training` takes one stage as JSON on standard input and tells of its progress.
+"""Fine-tunes models: `python -m merger.training` takes stages as lines of JSON on standard input and tells of progress.
 
 Plain AdamW on shuffled batches, in float32. Order and dropout follow from the stage's seed and the number of the step
 alone, and the state is kept every few seconds: a stage that was killed goes on and comes to the same model. Knows
 transformers and steps; what is learnt is the task's (`merger.tasks`).
 """
 
+import gc
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from merger.apart import end_with_input
+from merger.apart import requests
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, SourceError
 from merger.loading import Loaded, load
@@ -243,6 +244,6 @@ def _send(answer: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     _ANSWERS, sys.stdout = sys.stdout, sys.stderr  # libraries may print what they like
-    _request = json.loads(sys.stdin.readline())
-    end_with_input()
-    _send(_serve(_request))
+    for _request in requests():
+        _send(_serve(json.loads(_request)))
+        gc.collect()

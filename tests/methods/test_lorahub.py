@@ -29,7 +29,7 @@ class Bowl(Judge):
     def __init__(self, planted=PLANTED, metric="loss"):
         self.planted, self.metric, self.asked = planted, metric, []
 
-    def score(self, candidate, evaluation, key=None):
+    def score(self, candidate, evaluation, key=None, along=()):
         self.asked.append(candidate)
         distance = sum((w - p) ** 2 for w, p in zip(weights_of(candidate), self.planted, strict=True))
         value = distance if self.metric == "loss" else 1.0 - distance
