@@ -498,6 +498,21 @@ def test_shapes_that_differ_are_refused(sets, tmp_path):
     refused(recipe(other, [1.0, 1.0], base=str(base)), IncompatibleSources, "transformer.h.0.*has no such tensor")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "base: is quantized"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "base: ties its embeddings, of which one is changed"),
+    ],
+)
+def test_bases_that_cannot_take_a_sum_are_refused(tmp_path, change, says):
+    base = tiny.save(tmp_path / "base", "llama", tie_word_embeddings=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change}))
+    adapter = adapters.save(tmp_path / "a", sizes={"tie_word_embeddings": True}, r=2, target_modules=["lm_head"])
+    refused(recipe([adapter], [1.0], base=str(base)), UnsupportedModel, says)
+
+
 def test_copies_of_other_bases_are_refused(sets, tmp_path):
     base, found = sets("embeddings")
     odd = shutil.copytree(found[1], tmp_path / "odd")
