@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from merger.publish import check_free, is_complete
 from merger.recipe import Document, evaluations_of, make_document, parse_document
 from merger.run import Options, output_of, plan_of
 from merger.sources import LocalSources, Roots
-from workers.resources import TaskSize, measuring_request, request_for
+from workers.resources import TaskSize, measuring_request, request_for, training_request
 
 Recipe = str | Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def validate(recipe: Recipe, settings: Settings) -> Validated:
     _admit_output(output, settings)
     plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings)))
     size = TaskSize(settings.task_cpus, settings.task_memory)
-    request, _ = request_for(plan, size)
+    requests = [request_for(plan, size)[0]]
     evaluations = evaluations_of(document)
     if any(isinstance(evaluation, Harness) and evaluation.include_path for evaluation in evaluations):
         raise RecipeError(
@@ -53,7 +53,10 @@ def validate(recipe: Recipe, settings: Settings) -> Validated:
     for folder in (folder for part in all_of(document.recipe) for folder in part.folders()):
         _admit_output(place_of(folder, settings.working_folder), settings)
     if evaluations or is_open(document.recipe):
-        request = replace(request, memory=max(request.memory, measuring_request(plan, size).memory))
+        requests.append(measuring_request(plan, size))
+    if any(part.trains for part in all_of(document.recipe)):
+        requests.append(training_request(plan, size))
+    request = max(requests, key=lambda request: request.memory)
     if not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0)

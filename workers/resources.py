@@ -31,6 +31,13 @@ def measuring_request(plan: Plan, size: TaskSize) -> Request:
     return Request(size.cpus, 0.0, 2 * 4 * plan.parameters + _TORCH)
 
 
+def training_request(plan: Plan, size: TaskSize) -> Request:
+    """The request of a task that trains a model: weights, gradients and two moments in float32, weights and moments
+    once more while a state is taken up, torch and what it computes.
+    """
+    return Request(size.cpus, 0.0, 7 * 4 * plan.parameters + _TORCH)
+
+
 def request_for(plan: Plan, size: TaskSize) -> tuple[Request, Allotment]:
     """The request of each shard's task, and how the task divides its memory among two threads a processor.
 

@@ -33,7 +33,7 @@ from merger.sources import LocalSources, Roots
 from merger.staging import Staging
 from workers.judging import RayJudge
 from workers.reports import Api, Order, Progress, Reporter, Superseded, Word
-from workers.resources import TaskSize, measuring_request, request_for
+from workers.resources import TaskSize, measuring_request, request_for, training_request
 from workers.shards import ShardTasks, Work
 from workers.training import RayTrainer
 
@@ -152,7 +152,7 @@ class Attempt:
             return document, NONE
         plan, _ = plan_of(document, Options(size.memory), sources)
         self._tell("choosing")
-        trainer = RayTrainer(sources, self._roots, measuring_request(plan, size), _connect, self._say)
+        trainer = RayTrainer(sources, self._roots, training_request(plan, size), _connect, self._say)
         means = Means(sources, self._judge_for(plan, size), trainer)
         document, evidence = chosen(document, Options(size.memory), means)
         for choice in evidence.choices:

@@ -35,7 +35,7 @@ DOMAINS: dict[str, Domain] = {
 TARGET, UNSEEN = ("left", "noisy", "faint"), ("right", "moved")
 TRAINING = {
     "task": "classification",
-    "steps": 200,
+    "steps": 150,
     "probe_steps": 40,
     "extra_head_steps": 20,
     "learning_rates": [3e-4, 5e-4, 8e-4],
@@ -44,14 +44,17 @@ TRAINING = {
 
 
 def study(work: Path) -> Study:
-    """The study in its folder; data and base model are made where they are missing."""
-    evaluation = {"task": "classification", "batch_size": 256}
-    made = Study("digits", work, ("parity", "size", "round"), TRAINING, evaluation, "accuracy", False, 100.0, "%")
-    if not (work / "base" / "config.json").exists():
+    """The study in its folder; data and the model that it begins with are made where they are missing."""
+    if not (work / "random" / "config.json").exists():
         (work / "data").mkdir(parents=True, exist_ok=True)
         _write_all(work / "data")
-        _pretrain(made)
-    return made
+        _random_model().save_pretrained(work / "random")
+    pretraining = {"steps": 3000, "probe_steps": 1, "learning_rates": [1e-3], "dropouts": [0.1]}
+    evaluation = {"task": "classification", "batch_size": 256}
+    return Study(
+        *("digits", work, ("parity", "size", "round"), TRAINING, pretraining),
+        *(evaluation, "accuracy", False, 100.0, "%"),
+    )
 
 
 def _write_all(folder: Path) -> None:
@@ -68,16 +71,11 @@ def _write_all(folder: Path) -> None:
         _write_task(folder / f"{name}.jsonl", images, domains, label, seed, copies)
 
 
-def _pretrain(made: Study) -> None:
-    """A model of plain digits, by the same stages that fine-tune: from random weights."""
+def _random_model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": PATTERNS + 1, "pad_token_id": PATTERNS, "max_position_embeddings": 16}
-    config = BertConfig(**sizes, **tokens, num_labels=10)
-    BertForSequenceClassification(config).save_pretrained(made.work / "random")
-    training = {**made.training, "target": made.data("base"), "folder": "pretraining", "runs": 1, "steps": 3000}
-    training |= {"probe_steps": 1, "learning_rates": [1e-3], "dropouts": [0.1], "weight_decays": [0.01]}
-    made.run("base", {"method": "ratatouille", "base": "random", "training": training})
+    return BertForSequenceClassification(BertConfig(**sizes, **tokens, num_labels=10))
 
 
 def _write_task(

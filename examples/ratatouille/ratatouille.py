@@ -14,10 +14,12 @@ Prints tables and writes them with a picture: `python examples/ratatouille/ratat
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 
 
 def table(study: Study, found: Sequence[Found]) -> str:
     """Means over seeds with 95 % intervals (Student), and the difference to `single` seed by seed."""
-    places = 1 if study.factor > 1 else 3
+    places = study.places
     better = "less is better" if study.lower_is_better else "more is better"
     lines = [
         f"| strategy | {study.name} in unseen domains, {study.unit} ({better}) | against single, {len(found)} seeds |",
@@ -104,16 +106,20 @@ def main() -> None:
     logging.set_verbosity_error()
     began = time.monotonic()
     work = options.work.resolve()
-    results, tables = [], []
-    for study in (digits.study(work / "digits"), texts.study(work / "texts")):
-        found = []
-        for seed in range(options.seeds):
-            found.append(compare(study, seed))
-            told = ", ".join(f"{name} {value:.{1 if study.factor > 1 else 3}f}" for name, value in found[-1].items())
+    studies = (digits.study(work / "digits"), texts.study(work / "texts"))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # of commands, each with processes of its own
+        list(pool.map(Study.pretrain, studies))
+        jobs = [(study, seed) for study in studies for seed in range(options.seeds)]
+        found: dict[str, list[Found]] = {study.name: [] for study in studies}
+        for (study, seed), row in zip(jobs, pool.map(lambda job: compare(*job), jobs), strict=True):
+            found[study.name].append(row)
+            told = ", ".join(f"{name} {value:.{study.places}f}" for name, value in row.items())
             print(f"{study.name}, seed {seed}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
-        results.append((study, found, lines_of(study)))
-        tables.append(table(study, found))
-    kept = {study.name: {"seeds": found, "lines": lines} for study, found, lines in results}
+        results = [
+            (study, found[study.name], lines) for study, lines in zip(studies, pool.map(lines_of, studies), strict=True)
+        ]
+    tables = [table(study, rows) for study, rows, _ in results]
+    kept = {study.name: {"seeds": rows, "lines": lines} for study, rows, lines in results}
     (work / "results.json").write_text(json.dumps(kept, indent=1))
     (work / "results.md").write_text("\n".join(tables))
     draw(work / "results.png", ORDER, results)

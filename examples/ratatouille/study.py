@@ -19,23 +19,37 @@ MERGER = [sys.executable, "-m", "merger"]
 
 @dataclass(frozen=True)
 class Study:
-    """The files `data/NAME.jsonl` of the auxiliary tasks, of `target`, `validation` (of the target's domains) and
-    `unseen` (other domains), and the model `base`, below `work`. `factor` and `unit` are for people.
+    """The files `data/NAME.jsonl` of `base`, of the auxiliary tasks, of `target`, `validation` (of the target's
+    domains) and `unseen` (other domains), and the model `random`, below `work`. `pretraining` says what of `training`
+    is otherwise where `base` is made of `random`. `factor` and `unit` are for people.
     """
 
     name: str
     work: Path
     auxiliary: tuple[str, ...]
     training: dict[str, Any]
+    pretraining: dict[str, Any]
     evaluation: dict[str, Any]
     metric: str
     lower_is_better: bool
     factor: float
     unit: str
 
+    @property
+    def places(self) -> int:
+        """Digits after the point that are worth a look."""
+        return 1 if self.factor > 1 else 3
+
     def data(self, name: str) -> str:
         """A file of data, below the work folder."""
         return f"data/{name}.jsonl"
+
+    def pretrain(self) -> None:
+        """Make the base, by the same stages that fine-tune; one that is there is kept."""
+        if not (self.work / "base" / "config.json").exists():
+            training = {**self.training, "target": self.data("base"), "folder": "pretraining", "runs": 1}
+            training |= {"dropouts": [0.0], "weight_decays": [0.01], **self.pretraining}
+            self.run("base", {"method": "ratatouille", "base": "random", "training": training})
 
     def run(self, output: str, recipe: dict[str, Any]) -> dict[str, Any]:
         """Make a recipe's result in `output` with `merger run`; its manifest."""
@@ -66,9 +80,11 @@ class Study:
         return [*(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()), "--json"]
 
     def _merger(self, arguments: Sequence[str]) -> str:
-        """Run the command in the work folder, where scores are remembered too."""
+        """What the command prints, run in the work folder, where scores are remembered too."""
         variables = {**os.environ, "XDG_CACHE_HOME": str(self.work / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [*MERGER, *arguments], cwd=self.work, check=True, stdout=subprocess.PIPE, text=True, env=variables
+            [*MERGER, *arguments], cwd=self.work, capture_output=True, text=True, env=variables, check=False
         )
+        if done.returncode:
+            raise SystemExit(f"merger {' '.join(arguments)}, in {self.work}:\n{done.stderr}")
         return done.stdout

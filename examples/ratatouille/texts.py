@@ -17,35 +17,36 @@ from study import Study
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+AUXILIARY = ("networkx", "matplotlib", "sympy")
 VOCABULARY, CONTEXT = 512, 64
 LEAST, MOST = 200, 4000  # characters of a docstring that is taken
 TRAINING = {
     "task": "text",
     "context": CONTEXT,
-    "batch_size": 16,
-    "steps": 100,
+    "batch_size": 8,
+    "steps": 120,
     "learning_rates": [1e-3, 1.5e-3, 2e-3],
     "dropouts": [0.0, 0.05, 0.1],
 }
 
 
 def study(work: Path) -> Study:
-    """The study in its folder; data and base model are made where they are missing."""
-    auxiliary = ("networkx", "matplotlib", "sympy")
-    evaluation = {"task": "text", "context": CONTEXT, "batch_size": 64}
-    made = Study("texts", work, auxiliary, TRAINING, evaluation, "loss", True, 1.0, "nats per token")
-    if not (work / "base" / "config.json").exists():
+    """The study in its folder; data and the model that it begins with are made where they are missing."""
+    if not (work / "random" / "config.json").exists():
         (work / "data").mkdir(parents=True, exist_ok=True)
         _write_all(work / "data")
-        _pretrain(made)
-    return made
+        _random_model().save_pretrained(work / "random")
+        _tokenizer(work / "data" / "base.jsonl").save_pretrained(work / "random")
+    pretraining = {"steps": 1500, "batch_size": 16, "learning_rates": [3e-3]}
+    evaluation = {"task": "text", "context": CONTEXT, "batch_size": 64}
+    return Study("texts", work, AUXILIARY, TRAINING, pretraining, evaluation, "loss", True, 1.0, "nats per token")
 
 
 def _write_all(folder: Path) -> None:
     """Characters of each domain: little of the target, as fine-tunes have it."""
     base = list(_docstrings(Path(sysconfig.get_path("stdlib")), {"site-packages", "test", "idlelib", "lib2to3"}))
     _write(folder / "base.jsonl", base, 600_000)
-    for name in ("networkx", "matplotlib", "sympy"):
+    for name in AUXILIARY:
         _write(folder / f"{name}.jsonl", _of(name), 200_000)
     target = _of("numpy")
     _write(folder / "target.jsonl", target[::2], 80_000)
@@ -87,18 +88,11 @@ def _write(path: Path, texts: list[str], most: int) -> None:
     path.write_text(json.dumps({"text": "\n\n".join(texts)[:most]}))
 
 
-def _pretrain(made: Study) -> None:
-    """A language model of the base's texts, by the same stages that fine-tune: from random weights."""
+def _random_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        **sizes, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None
-    )
-    LlamaForCausalLM(config).save_pretrained(made.work / "random")
-    _tokenizer(made.work / made.data("base")).save_pretrained(made.work / "random")
-    training = {**made.training, "target": made.data("base"), "folder": "pretraining", "runs": 1, "steps": 1500}
-    training |= {"learning_rates": [3e-3], "dropouts": [0.0]}
-    made.run("base", {"method": "ratatouille", "base": "random", "training": training})
+    tokens = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": None, "eos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens))
 
 
 def _tokenizer(data: Path) -> PreTrainedTokenizerFast:

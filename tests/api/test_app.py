@@ -147,6 +147,21 @@ def test_validate_gives_the_plan_and_queues_nothing(api: Api) -> None:
     assert not (api.folder / "out").exists()
 
 
+def test_what_is_measured_or_trained_needs_memory_by_the_size_of_the_model(api: Api) -> None:
+    (api.folder / "rows.txt").write_text("It was the best of times.")
+    text = {"task": "text", "data": "rows.txt"}
+    training = {"task": "text", "target": "rows.txt", "folder": "stages", "runs": 1}
+    ratatouille = {"method": "ratatouille", "base": "run/step-1", "training": training, "output": {"path": "out"}}
+
+    def memory(recipe: dict[str, Any]) -> int:
+        needs = api.client.post("/v1/jobs:validate", json={"recipe": recipe}).json()["needs"]
+        return int(needs["memory"])
+
+    parameters = 2 * 512 * 1024
+    assert memory(api.recipe()) < memory(api.recipe(evaluate=text))
+    assert memory(ratatouille) - memory(api.recipe(evaluate=text)) == 20 * parameters
+
+
 def test_the_same_key_gives_the_same_job_and_another_body_is_refused(api: Api) -> None:
     first = api.submit({"Idempotency-Key": "k1"})
     again = api.submit({"Idempotency-Key": "k1"})
