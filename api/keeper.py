@@ -24,6 +24,8 @@ from types import FrameType
 
 import psutil
 
+from merger.host import processors
+
 LOCK = "serve.lock"
 _CLUSTER = "ray.json"
 _ALONE = 60.0  # seconds that the cluster outlives its server
@@ -149,7 +151,7 @@ class _Keeper:
             *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
             *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={self._cluster.folder}"),
-            f"--num-cpus={(os.cpu_count() or 1) + 1}",  # one for the runners, which mostly wait
+            f"--num-cpus={processors() + 1}",  # one for the runners, which mostly wait
             f"--object-store-memory={_OBJECT_STORE}",
         ]
         environment = {

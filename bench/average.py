@@ -18,6 +18,7 @@ import numpy as np
 from data import make
 from processes import Run, measure, median, wrapped
 
+from merger.host import processors
 from merger.storage.safetensors import read_header
 
 HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ DATA, BIN = HERE / "data", Path(sys.executable).parent
 INPUTS = [DATA / f"model-{i}" for i in range(3)]
 WEIGHTS = [0.5, 0.3, 0.2]
 GIGABYTES = 8.8  # read and written by each run
-THREADS = 2 * (os.cpu_count() or 1)
+THREADS = 2 * processors()
 
 
 def prepare() -> None:

@@ -1,15 +1,14 @@
-"""How the work fits into the memory that was allowed, and how much there is. Knows nothing of threads or files.
+"""How the work fits into the memory that was allowed. Knows nothing of threads or files.
 
 Every thread has a block of the output file to fill and a buffer for what the block is made from. Neither
 grows with the model: a block holds pieces of tensors, and many sources only make the pieces smaller.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
+from merger.host import processors
 from merger.plan import Plan
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
@@ -40,7 +39,7 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
         key=lambda tensor: tensor.memory(SMALLEST_PIECE),
     )
     least = widest.memory(SMALLEST_PIECE)
-    wanted = threads or 2 * (os.cpu_count() or 1)
+    wanted = threads or 2 * processors()
     for count in range(wanted, 0, -1):
         share = memory // count
         block = _block(share, least)
@@ -59,12 +58,3 @@ def _block(share: int, least: int) -> int:
     while block > LEAF and (block > share // 4 or share - block < least):
         block //= 2
     return block
-
-
-def free_memory() -> int:
-    """Bytes that processes can take without others being pushed out."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

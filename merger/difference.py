@@ -4,7 +4,6 @@ Sums are float64 over fixed blocks, added in the order of the blocks: the same f
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from merger.checkpoint import Checkpoint
 from merger.dtypes import DTYPES
 from merger.errors import IncompatibleSources
 from merger.expression import Stored
+from merger.host import processors
 from merger.kernels import compare
 from merger.reader import OpenFiles
 from merger.storage.disk import PAGE, page_aligned
@@ -90,7 +90,7 @@ def measure(pairs: Sequence[Pair], limit: int | None = None) -> dict[str, Distan
     """
     files = OpenFiles()
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(processors()) as pool:
             return {pair.name: _tensor(pool, files, pair, limit) for pair in pairs}
     finally:
         files.close()

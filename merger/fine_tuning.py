@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merger.errors import WorkerDied
+from merger.host import processors
 from merger.judging import Tell, check_installed, error_of, key_of_model
 from merger.methods.method import Sources, Trainer
 from merger.rows import rows_of
@@ -79,7 +80,7 @@ class LocalTrainer(Trainer):
         check_installed()
         orders = orders_of(training, models, self._sources)
         try:
-            in_order(orders, self._train, os.cpu_count() or 1)
+            in_order(orders, self._train, processors())
         finally:
             while not self._idle.empty():
                 self._idle.get().close()

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from merger.budget import allot, free_memory
+from merger.budget import allot
 from merger.checkpoint import Checkpoint, Origin, root_of
 from merger.engine import write_shards
 from merger.errors import MergerError
 from merger.expression import Stored
+from merger.host import free_memory
 from merger.methods.depth import Block, rebuilt
 from merger.plan import Plan, index_of, make_plan
 from merger.sizes import active, parameters

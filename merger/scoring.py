@@ -20,10 +20,10 @@ from pydantic import TypeAdapter
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from merger.apart import requests
-from merger.budget import free_memory
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceError, UnsupportedModel
 from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Score, Text
+from merger.host import free_memory
 from merger.loading import Loaded, load
 from merger.methods.method import Method, Sources, open_source
 from merger.rows import field_of, ids_of, pair_of, rows_of

@@ -3,13 +3,13 @@
 Knows expressions and threads; knows nothing of torch.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from merger.checkpoint import Checkpoint
 from merger.expression import Expression
+from merger.host import processors
 from merger.kernels import Bytes
 from merger.measuring import measured
 from merger.plan import make_plan
@@ -21,7 +21,7 @@ _BLOCK = 1 << 20  # elements
 
 def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
     """Every tensor with its bytes in row-major order. Raises ReadFailed and SourceChanged."""
-    threads = os.cpu_count() or 1
+    threads = processors()
     whole = make_plan(replace(checkpoint, optimizer={}), {}, shard_size=1 << 62)
     inputs = OpenFiles()
     try:

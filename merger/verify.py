@@ -19,6 +19,7 @@ from merger.dtypes import DTYPES
 from merger.errors import NotInstalled
 from merger.expression import Expression
 from merger.factors import Truncation
+from merger.host import processors
 from merger.kernels import Bytes, count_non_finite
 from merger.measuring import found_in
 from merger.plan import Plan
@@ -106,7 +107,7 @@ def check_ranks(plan: Plan) -> list[Check]:
     }
     inputs = OpenFiles()
     try:
-        found = found_in(plan.shards, inputs, os.cpu_count() or 1) if names else {}
+        found = found_in(plan.shards, inputs, processors()) if names else {}
     finally:
         inputs.close()
     norms = {name: found[measure][-2:] for measure, name in names.items()}
@@ -193,7 +194,7 @@ def _scan(path: Path, header: Header, on_bytes: Callable[[int], None]) -> _Scan:
         on_bytes(stop - start)
         return leaves(data)
 
-    with InputFile(path, header.file_size) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with InputFile(path, header.file_size) as file, ThreadPoolExecutor(processors()) as pool:
         head = file.read(0, header.data_start, page_aligned(header.data_start + 2 * PAGE)).tobytes()
         data_leaves = b"".join(pool.map(block, range(header.data_start, header.file_size, _BLOCK)))
     return _Scan(checksum(head, data_leaves), {name: count for name, count in found.items() if count})

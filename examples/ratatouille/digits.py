@@ -49,7 +49,7 @@ def study(work: Path) -> Study:
         (work / "data").mkdir(parents=True, exist_ok=True)
         _write_all(work / "data")
         _random_model().save_pretrained(work / "random")
-    pretraining = {"steps": 3000, "probe_steps": 1, "learning_rates": [1e-3], "dropouts": [0.1]}
+    pretraining = {"steps": 2500, "probe_steps": 1, "learning_rates": [1e-3], "dropouts": [0.1]}
     evaluation = {"task": "classification", "batch_size": 256}
     return Study(
         *("digits", work, ("parity", "size", "round"), TRAINING, pretraining),

@@ -107,7 +107,10 @@ def main() -> None:
     began = time.monotonic()
     work = options.work.resolve()
     studies = (digits.study(work / "digits"), texts.study(work / "texts"))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # of commands, each with processes of its own
+    processors = sorted(os.sched_getaffinity(0))
+    free = iter(processors)
+    # Each thread runs commands on a processor of its own, which their processes inherit.
+    with ThreadPoolExecutor(len(processors), initializer=lambda: os.sched_setaffinity(0, {next(free)})) as pool:
         list(pool.map(Study.pretrain, studies))
         jobs = [(study, seed) for study in studies for seed in range(options.seeds)]
         found: dict[str, list[Found]] = {study.name: [] for study in studies}

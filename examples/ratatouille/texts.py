@@ -37,7 +37,7 @@ def study(work: Path) -> Study:
         _write_all(work / "data")
         _random_model().save_pretrained(work / "random")
         _tokenizer(work / "data" / "base.jsonl").save_pretrained(work / "random")
-    pretraining = {"steps": 1500, "batch_size": 16, "learning_rates": [3e-3]}
+    pretraining = {"steps": 1200, "batch_size": 16, "learning_rates": [3e-3]}
     evaluation = {"task": "text", "context": CONTEXT, "batch_size": 64}
     return Study("texts", work, AUXILIARY, TRAINING, pretraining, evaluation, "loss", True, 1.0, "nats per token")
 
@@ -50,9 +50,9 @@ def _write_all(folder: Path) -> None:
         _write(folder / f"{name}.jsonl", _of(name), 200_000)
     target = _of("numpy")
     _write(folder / "target.jsonl", target[::2], 80_000)
-    _write(folder / "validation.jsonl", target[1::2], 40_000)
+    _write(folder / "validation.jsonl", target[1::2], 30_000)
     unseen = [text for pair in zip(_of("scipy"), _of("sklearn"), strict=False) for text in pair]
-    _write(folder / "unseen.jsonl", unseen, 80_000)
+    _write(folder / "unseen.jsonl", unseen, 60_000)
 
 
 def _of(package: str) -> list[str]:
