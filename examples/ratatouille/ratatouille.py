@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "work")
     options = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     began = time.monotonic()
     work = options.work.resolve()
     studies = (digits.study(work / "digits"), texts.study(work / "texts"))
