@@ -159,7 +159,7 @@ def test_the_plan_of_a_finished_choice_is_shown_again(models, tmp_path):
 
 def test_a_plan_says_that_a_choice_is_open(models):
     plan, _ = plan_of(make_document(greedy(models, "near", "far")), Options())
-    assert any("which of them enter is chosen by score" in note for note in plan.checkpoint.notes)
+    assert any("what enters is chosen by score" in note for note in plan.checkpoint.notes)
 
 
 def test_the_harness_must_be_there_before_anything_is_written(models, tmp_path):

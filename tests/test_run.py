@@ -57,8 +57,9 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
 # The command on a disk that becomes slow after some shards: a run of these sizes is over in less time than it takes to
 # look at it from outside.
 SLOWLY = """
-import itertools, runpy, sys, time
+import itertools, runpy, signal, sys, time
 from merger import engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 write, count = engine.write_receipt, itertools.count(1)
 def write_slowly(*arguments):
     write(*arguments)
