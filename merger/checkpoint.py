@@ -14,7 +14,8 @@ from typing import Any, Literal
 from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.expression import Expression, File, Identical, Stored, cast
-from merger.storage.folder import ADAPTER, ModelFolder, WeightFile, open_folder
+from merger.storage.folder import ADAPTER, ModelFolder, open_folder
+from merger.storage.place import WeightFile
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,11 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
 
     Raises SourceError, FormatError or PickledWeights.
     """
-    model = open_folder(folder)
+    return checkpoint_of(open_folder(folder), reference or str(folder), step_of(folder))
+
+
+def checkpoint_of(model: ModelFolder, reference: str, step: int | None) -> Checkpoint:
+    """The checkpoint that a model's headers describe."""
     tensors: dict[str, Expression] = {}
     files = []
     for weights in model.files:
@@ -175,10 +180,8 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
         files.append(file)
         tensors |= stored
     optimizer = _stored(model.optimizer)[1] if model.optimizer else {}
-    source = Source(reference or str(folder), step_of(folder), tuple(files), optimizer)
-    return Checkpoint(
-        tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference or str(folder)
-    )
+    source = Source(reference, step, tuple(files), optimizer)
+    return Checkpoint(tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference)
 
 
 def _stored(weights: WeightFile) -> tuple[File, dict[str, Expression]]:
@@ -188,12 +191,12 @@ def _stored(weights: WeightFile) -> tuple[File, dict[str, Expression]]:
 
 
 def _notes(model: ModelFolder) -> tuple[str, ...]:
-    notes = []
+    notes, name = [], Path(model.label).name
     if model.training_state:
-        notes.append(f"training state is left alone: {', '.join(model.training_state)} in {model.path.name}")
+        notes.append(f"training state is left alone: {', '.join(model.training_state)} in {name}")
     code = (model.config or {}).get("auto_map")
     if isinstance(code, dict) and any("--" not in str(value) for value in code.values()):
-        notes.append(f"{model.path.name} needs code of its own (auto_map), which is not carried along")
+        notes.append(f"{name} needs code of its own (auto_map), which is not carried along")
     return tuple(notes)
 
 

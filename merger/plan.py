@@ -144,7 +144,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
         "parts": [(part.source.reference, part.weight) for part in checkpoint.parts],
         "files": [
             (str(file.path), file.size, file.mtime_ns, file.header_sha256)
-            for file in [*files, *sorted(moments, key=lambda file: file.path)]
+            for file in [*files, *sorted(moments, key=lambda file: str(file.path))]
         ],
         "shards": [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in shards],
     }

@@ -3,11 +3,32 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
-from merger.errors import SourceChanged
+from merger.errors import ReadFailed, SourceChanged
 from merger.expression import ByteRange, File
 from merger.kernels import Bytes
+from merger.remote import Remote
 from merger.storage.disk import PAGE, InputFile, round_up
+
+
+class RemoteInput:
+    """A file elsewhere, read range by range as it is asked for."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+
+    def read(self, start: int, stop: int, buffer: Bytes) -> Bytes:
+        """The bytes from `start` to `stop`, a view into `buffer`. Raises ReadFailed."""
+        out = buffer[: stop - start]
+        self._remote.fetch(start, memoryview(out))  # type: ignore[arg-type]
+        return out
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+Input = InputFile | RemoteInput
 
 
 class OpenFiles:
@@ -21,13 +42,13 @@ class OpenFiles:
         """`again` are the files that are read more than once, so that the page cache helps."""
         self._again = again
         self._lock = threading.Lock()
-        self._open: OrderedDict[File, InputFile] = OrderedDict()
+        self._open: OrderedDict[File, Input] = OrderedDict()
         self._users: dict[File, int] = {}
 
     def lease(self, file: File) -> "_Lease":
         return _Lease(self, file)
 
-    def acquire(self, file: File) -> InputFile:
+    def acquire(self, file: File) -> Input:
         with self._lock:
             if file not in self._open:
                 self._close_idle()
@@ -56,21 +77,42 @@ class _Lease:
     def __init__(self, files: OpenFiles, file: File) -> None:
         self._files, self._file = files, file
 
-    def __enter__(self) -> InputFile:
+    def __enter__(self) -> Input:
         return self._files.acquire(self._file)
 
     def __exit__(self, *_raised: object) -> None:
         self._files.release(self._file)
 
 
-def _open_unchanged(file: File, *, again: bool) -> InputFile:
+def _open_unchanged(file: File, *, again: bool) -> Input:
     """Raises SourceChanged where the file is not the one that was planned."""
+    if isinstance(file.path, Remote):
+        return RemoteInput(file.path)
     try:
         if file.path.stat().st_mtime_ns != file.mtime_ns:
             raise SourceChanged("was written to since it was planned", where=str(file.path))
         return InputFile(file.path, file.size, again=again)
     except OSError as error:
         raise SourceChanged(f"cannot be opened any more: {error.strerror}", where=str(file.path)) from error
+
+
+def on_disk(file: File) -> Path:
+    """The whole file on this machine, downloaded first where it is elsewhere. Raises ReadFailed and SourceChanged."""
+    return file.path.download() if isinstance(file.path, Remote) else file.path
+
+
+def part_of(file: File, start: int, stop: int) -> bytes:
+    """The bytes of a file from `start` to `stop`, few enough to be held. Raises ReadFailed where it ends early."""
+    if isinstance(file.path, Remote):
+        content = bytearray(stop - start)
+        file.path.fetch(start, memoryview(content))
+        return bytes(content)
+    with file.path.open("rb") as opened:
+        opened.seek(start)
+        found = opened.read(stop - start)
+    if len(found) != stop - start:
+        raise ReadFailed("ends early", where=str(file.path))
+    return found
 
 
 def read(wanted: Iterable[ByteRange], inputs: OpenFiles, buffer: Bytes) -> dict[ByteRange, Bytes]:
