@@ -5,6 +5,7 @@ They are neither logged nor struck by faults. `HubProcess` in `process.py` is th
 
 import base64
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.hub_server.errors import HubError
@@ -33,7 +34,9 @@ def unpacked(data: bytes) -> Any:
 
 
 def _pack(value: Any) -> Any:
-    return {"__bytes__": base64.b64encode(value).decode()} if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode()}
+    return str(value.absolute()) if isinstance(value, Path) else str(value)
 
 
 def _unpack(value: dict[str, Any]) -> Any:

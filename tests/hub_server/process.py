@@ -37,11 +37,22 @@ class HubProcess:
     user, token = HubServer.user, HubServer.token
 
     def __init__(self, folder: Path, mode: Mode = "lfs", port: int = 0) -> None:
-        command = [sys.executable, "-m", "tests.hub_server", "--root", str(folder), "--mode", mode, "--port", str(port)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "tests.hub_server",
+            "--root",
+            str(folder.absolute()),
+            "--mode",
+            mode,
+            "--port",
+            str(port),
+        ]
+        pipe, root = subprocess.PIPE, Path(__file__).parents[2]
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root)
         assert self.process.stdout is not None
         word, _, self.endpoint = self.process.stdout.readline().strip().partition(" ")
-        assert word == "ready", "the server did not start"
+        assert word == "ready", "the server did not start: see the standard error"
         self._http = httpx2.Client(base_url=self.endpoint, timeout=600)
         self.faults = _Faults(self._http)
 
