@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 CALLS = frozenset(
     {
         *("add_token", "add_model", "write", "add_link", "allow", "rename", "delete"),
-        *("redirect_elsewhere", "lie_about_size", "expire_urls", "url_lifetime", "part_size", "page_size"),
+        *(
+            "redirect_elsewhere",
+            "lie_about_size",
+            "expire_urls",
+            "url_lifetime",
+            "xet_lifetime",
+            "part_size",
+            "page_size",
+        ),
         *("forget_uncommitted", "violations", "repos", "refs", "commits", "files", "content"),
     }
 )

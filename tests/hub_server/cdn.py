@@ -1,6 +1,6 @@
 """The origin that large contents come from: signed addresses, ranges, and no tokens."""
 
-from tests.hub_server import lfs
+from tests.hub_server import cas, lfs
 from tests.hub_server.errors import HubError
 from tests.hub_server.site import Routes, Site
 from tests.hub_server.wire import Answer, Part, Request, ranged
@@ -13,7 +13,7 @@ def answer(site: Site, request: Request) -> Answer:
     if "authorization" in request.headers:
         refusal = HubError(400, "Only one auth mechanism allowed").answer()
         return Answer(refusal.status, refusal.headers, refusal.body, "a token was sent to the CDN")
-    return (lfs.stored if request.method == "PUT" else routes).answer(site, request)
+    return _ALL.answer(site, request)
 
 
 @routes("GET", "/blobs/(?P<sha256>[0-9a-f]{64})")
@@ -24,3 +24,6 @@ def blob(site: Site, request: Request, sha256: str) -> Answer:
     found = site.blobs[sha256]
     headers = {"Content-Type": "application/octet-stream", "ETag": f'"{sha256}"'}
     return ranged(request, (Part(found.path, 0, found.size),), headers)
+
+
+_ALL = Routes(routes, lfs.stored, cas.stored)

@@ -11,17 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from tests.hub_server import admin, cdn, commits, discussions, files, git, lfs, repos
-from tests.hub_server.blobs import Blobs
+from tests.hub_server import admin, cas, cdn, commits, discussions, files, git, lfs, repos
+from tests.hub_server.blobs import Blob, Blobs
 from tests.hub_server.errors import HubError, Moved
 from tests.hub_server.faults import Faults
 from tests.hub_server.log import Entry, Log
 from tests.hub_server.site import Account, Routes, Site
 from tests.hub_server.store import Repo
 from tests.hub_server.wire import Answer, Listener, Request
+from tests.hub_server.xet import Xet
 
 Mode = Literal["lfs", "xet"]
-_API = Routes(repos.routes, files.routes, commits.routes, discussions.routes, lfs.routes)
+_API = Routes(repos.routes, files.routes, commits.routes, discussions.routes, lfs.routes, cas.tokens)
 
 
 def _sha256(data: bytes) -> str:
@@ -37,14 +38,16 @@ class HubServer:
     user, token = "me", "hf_test_me"
 
     def __init__(self, folder: Path, mode: Mode = "lfs", port: int = 0, log: Log | None = None) -> None:
-        self.site = Site(mode, Blobs(folder / "blobs"))
+        self.site = Site(Blobs(folder / "blobs"), Xet(folder / "xorbs") if mode == "xet" else None)
         self._log, self.faults = log or Log(), Faults()
         self._api = self._listen("api", self._answer_api, port)
         self._cdn = self._listen("cdn", cdn.answer)
-        self._listeners = [self._api, self._cdn]
+        self._cas = self._listen("cas", cas.routes.answer)
+        self._listeners = [self._api, self._cdn, self._cas]
         self.site.api = self.endpoint = f"http://127.0.0.1:{self._api.port}"
         # Another host name as well: clients keep a token only for the same origin.
         self.site.cdn = f"http://localhost:{self._cdn.port}"
+        self.site.cas = f"http://127.0.0.1:{self._cas.port}"
         self.add_token(self.token, self.user, orgs=("org",))
 
     def start(self) -> "HubServer":
@@ -130,6 +133,10 @@ class HubServer:
 
     def url_lifetime(self, seconds: float) -> None:
         self.site.lifetime = seconds
+
+    def xet_lifetime(self, seconds: float) -> None:
+        """How long tokens for the content-addressed store are good; clients ask anew a minute before their end."""
+        self.site.xet_lifetime = seconds
 
     def part_size(self, size: int) -> None:
         """Uploads by LFS that are larger come in parts of this size."""
@@ -224,8 +231,7 @@ class HubServer:
         if not commits.is_large(inside, path.stat().st_size):
             return git.small(path.read_bytes())
         blob = self.site.blobs.refer(path, sha256)
-        repo.large.add(blob.sha256)
-        return git.large(blob.sha256, blob.size)
+        return self._large(repo, blob)
 
     def _given(self, repo: Repo, path: str, data: bytes) -> git.File:
         if not commits.is_large(path, len(data)):
@@ -233,5 +239,10 @@ class HubServer:
         sha256 = _sha256(data)
         if sha256 not in self.site.blobs:
             self.site.blobs.receive([data], sha256)
-        repo.large.add(sha256)
-        return git.large(sha256, len(data))
+        return self._large(repo, self.site.blobs[sha256])
+
+    def _large(self, repo: Repo, blob: Blob) -> git.File:
+        repo.large.add(blob.sha256)
+        if self.site.xet is not None and blob.sha256 not in self.site.xet_hashes:
+            self.site.xet_hashes[blob.sha256] = self.site.xet.view(blob.path, blob.sha256).hash
+        return git.large(blob.sha256, blob.size)

@@ -18,6 +18,7 @@ from tests.hub_server.blobs import Blobs
 from tests.hub_server.errors import HubError, no_repo
 from tests.hub_server.store import Repo, Store
 from tests.hub_server.wire import Answer, Request
+from tests.hub_server.xet import Xet
 
 REPO = r"(?P<repo>[^/]+/[^/]+?)"
 # A revision is quoted as a whole by the client; `refs/pr/1` is also understood as it is.
@@ -36,15 +37,27 @@ class Account:
         return self.role == "write" and namespace in (self.user, *self.orgs)
 
 
+@dataclass(frozen=True)
+class XetToken:
+    """What a short token for the content-addressed store allows."""
+
+    repo: str
+    write: bool
+    expires: float
+
+
 class Site:
-    def __init__(self, mode: str, blobs: Blobs) -> None:
-        self.mode, self.blobs, self.store = mode, blobs, Store()
+    def __init__(self, blobs: Blobs, xet: Xet | None) -> None:
+        self.blobs, self.store = blobs, Store()
+        self.xet = xet  # None: contents go by LFS only
         self.api = self.cdn = self.cas = ""  # the origins, once they have ports
         self.tokens: dict[str, Account] = {}
         self.lifetime = 3600.0  # seconds that a signed address is good for
         self.part_size = 64 << 20  # larger uploads come in parts of this size
         self.page_size = 1000
         self.xet_hashes: dict[str, str] = {}  # of sha256
+        self.xet_tokens: dict[str, XetToken] = {}
+        self.xet_lifetime = 3600.0  # seconds that a token for the content-addressed store is good for
         self._secret = secrets.token_bytes(16)
 
     def account(self, request: Request) -> Account | None:

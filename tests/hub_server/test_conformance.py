@@ -8,7 +8,7 @@ import pytest
 from tests.hub_server.fixtures import environment, hub
 
 
-@pytest.mark.parametrize("mode", ["lfs"])
+@pytest.mark.parametrize("mode", ["lfs", "xet"])
 def test_conformance(tmp_path, mode):
     with hub(tmp_path, mode) as server:
         command = [sys.executable, "-m", "tests.hub_server.conformance", "--namespace", server.user]
