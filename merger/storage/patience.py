@@ -1,4 +1,4 @@
-"""How long a server that fails is asked again. Knows delays and answers that may pass; knows nothing of what is asked."""
+"""How long a server that fails is asked again. Knows delays and answers that may pass, not what is asked."""
 
 import random
 import time
