@@ -15,6 +15,7 @@ from merger.preflight import check_disk
 from merger.publish import check_free, is_complete
 from merger.recipe import Document, evaluations_of, make_document, parse_document
 from merger.run import Options, output_of, plan_of
+from merger.secret import Token
 from merger.sources import LocalSources, Roots
 from workers.resources import TaskSize, measuring_request, request_for, training_request
 
@@ -37,7 +38,11 @@ def document_of(recipe: Recipe) -> Document:
     return parse_document(recipe) if isinstance(recipe, str) else make_document(recipe)
 
 
-def validate(recipe: Recipe, settings: Settings) -> Validated:
+def validate(
+    recipe: Recipe,
+    settings: Settings,
+    hub_token: Token | None = None,  # noqa: ARG001  (sources on the Hub will ask for it)
+) -> Validated:
     """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
     output = place_of(output_of(document), settings.working_folder)

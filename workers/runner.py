@@ -50,7 +50,8 @@ class Attempt:
         self._staging = Staging(Path(order.output), job, number)
         self._progress = Progress("planning")
         self._word: Word | None = None
-        self._reporter = Reporter(api, order.heartbeat_seconds, self._heed)
+        self._hub_token = order.hub_token
+        self._reporter = Reporter(api, order.heartbeat_seconds, self._heed, self._hub_token)
         self._tasks: ShardTasks | None = None
         self._judge: RayJudge | None = None
         self._roots: list[Path] = []
@@ -218,6 +219,7 @@ class Attempt:
         self._reporter.progress(self._progress)
 
     def _say(self, text: str) -> None:
+        text = self._reporter.hide(text)
         print(text, flush=True)  # noqa: T201  (Ray keeps it)
         for line in text.splitlines():
             self._reporter.line(line)
