@@ -178,12 +178,12 @@ def test_the_key_of_secrets_is_made_once_and_a_wrong_one_is_said_clearly(
     [made] = serve._settings(tmp_path, "http://here").secret_keys
     assert serve._settings(tmp_path, "http://here").secret_keys == (made,)
     (tmp_path / "secret.key").write_text("not a key")
-    with pytest.raises(RequestError, match="secret.key: is no Fernet key"):
+    with pytest.raises(RequestError, match=r"secret\.key: is no Fernet key"):
         serve._settings(tmp_path, "http://here")
     monkeypatch.setenv("MERGER_SECRET_KEYS", made.get_secret_value())
     assert serve._settings(tmp_path, "http://here").secret_keys == (made,), "the file is not looked at"
     monkeypatch.setenv("MERGER_SECRET_KEYS", "wrong-one")
-    with pytest.raises(RequestError, match="MERGER_SECRET_KEYS: .*key 1 of 1 is no Fernet key") as raised:
+    with pytest.raises(RequestError, match=r"MERGER_SECRET_KEYS: .*key 1 of 1 is no Fernet key") as raised:
         serve._settings(tmp_path, "http://here")
     assert "wrong-one" not in str(raised.value)
     monkeypatch.delenv("MERGER_SECRET_KEYS")
