@@ -64,14 +64,14 @@ class Access:
 
 
 def own_access(token: Token | None = None) -> Access:
-    """The Hub that the environment names, with a given token, or the one of the environment or of a login."""
-    found = token.reveal() if token else library().get_token()
+    """The Hub that the environment names, with a given token, else with the one of the environment or of a login."""
+    found = library().get_token() if token is None else token.reveal()
     return Access(library().constants.ENDPOINT, Token(found) if found else None)
 
 
-def anonymous() -> Access:
-    """The Hub that the environment names, without a token."""
-    return Access(library().constants.ENDPOINT)
+def access_for(token: Token | None) -> Access:
+    """The Hub that the environment names, with this token or none: never with the process's own."""
+    return Access(library().constants.ENDPOINT, token)
 
 
 # ---- asking -------------------------------------------------------------------------------------------
