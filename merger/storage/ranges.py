@@ -8,18 +8,24 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin
+from urllib.request import getproxies, proxy_bypass
 
-import httpx2
+import urllib3
+from urllib3.exceptions import HTTPError
+from urllib3.util import parse_url
 
 from merger.errors import MergerError, ReadFailed, SourceChanged, SourceError
 from merger.secret import Token
 from merger.storage.patience import PASSING, Again, Patience, asked_delay
 
-_TIMEOUT = httpx2.Timeout(30.0, connect=15.0)  # seconds of silence
+_TIMEOUT = urllib3.Timeout(connect=15.0, read=30.0)  # seconds of silence
 _SLOWEST = 64 << 10  # bytes a second; a connection that gives less is given up
 _GRACE = 30.0  # seconds
+_PIECE = 1 << 20  # bytes that are waited for at once
 _EXPIRED = {400, 401, 403, 404, 410}  # what storage answers to an address that is no longer good
 _REDIRECTS = 5
 
@@ -60,55 +66,66 @@ class Addresses:
 
 
 ADDRESSES = Addresses()
-_CLIENTS: dict[int, httpx2.Client] = {}
-_CLIENTS_LOCK = threading.Lock()
+_POOLS: dict[tuple[int, str], urllib3.PoolManager] = {}
+_POOLS_LOCK = threading.Lock()
+_CONNECTIONS = 64  # to one host
 
 
-def client() -> httpx2.Client:
-    """The connections of this process."""
-    with _CLIENTS_LOCK:
-        process = os.getpid()
-        if process not in _CLIENTS:
-            limits = httpx2.Limits(max_connections=64, max_keepalive_connections=32)
-            _CLIENTS[process] = httpx2.Client(timeout=_TIMEOUT, limits=limits, headers={"Accept-Encoding": "identity"})
-        return _CLIENTS[process]
+def _pool(url: str) -> urllib3.PoolManager:
+    """The connections of this process to a host, through the proxy that the environment names for it."""
+    target = parse_url(url)
+    proxy = "" if proxy_bypass(target.host or "") else getproxies().get(target.scheme or "", "")
+    with _POOLS_LOCK:
+        key = (os.getpid(), proxy)
+        if key not in _POOLS:
+            options: dict[str, Any] = {"timeout": _TIMEOUT, "retries": False, "maxsize": _CONNECTIONS}
+            _POOLS[key] = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        return _POOLS[key]
+
+
+def _ask(method: str, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+    """One request, its answer's body not read yet; redirects are not followed."""
+    own = {"Accept-Encoding": "identity", "User-Agent": "merger"}
+    return _pool(url).request(
+        method, url, headers={**own, **headers}, preload_content=False, redirect=False, decode_content=False
+    )
 
 
 def _resolve(url: str, token: Token | None) -> Address:
     """Follow redirects: with the token on the same host, without on any other."""
-    home = httpx2.URL(url)
-    here = home
+    here = url
     for _ in range(_REDIRECTS):
         try:
-            answer = client().request("HEAD", here, headers=_authorization(token))
-        except httpx2.HTTPError as error:
+            answer = _ask("HEAD", here, _authorization(token))
+            answer.release_conn()
+        except HTTPError as error:
             raise Again(f"{type(error).__name__}: {error}") from error
-        if answer.status_code == 200:
-            return Address(str(here), token)
-        if answer.status_code not in (301, 302, 303, 307, 308):
+        if answer.status == 200:
+            return Address(here, token)
+        if answer.status not in (301, 302, 303, 307, 308):
             raise _failure(url, answer)
-        target = here.join(answer.headers.get("location", ""))
-        if home.scheme == "https" and target.scheme != "https":
-            raise SourceError(f"is redirected to {target.host} without encryption", where=url)
-        if _origin(target) != _origin(home):
-            return Address(str(target))
+        target = urljoin(here, answer.headers.get("location", ""))
+        if url.startswith("https:") and not target.startswith("https:"):
+            raise SourceError("is redirected to a place without encryption", where=url)
+        if _origin(target) != _origin(url):
+            return Address(target)
         here = target
     raise SourceError("is redirected again and again", where=url)
 
 
-def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
+def _origin(url: str) -> tuple[str | None, str | None, int | None]:
+    parts = parse_url(url)
+    return parts.scheme, parts.host, parts.port
 
 
 def _authorization(token: Token | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token.reveal()}"} if token else {}
 
 
-def _failure(url: str, answer: httpx2.Response) -> MergerError | Again:
-    if answer.status_code in PASSING:
-        return Again(f"HTTP {answer.status_code}", asked_delay(answer.headers))
-    message = answer.headers.get("x-error-message", "")
-    return ReadFailed(f"HTTP {answer.status_code} {message}".strip(), where=url)
+def _failure(url: str, answer: urllib3.BaseHTTPResponse) -> MergerError | Again:
+    if answer.status in PASSING:
+        return Again(f"HTTP {answer.status}", asked_delay(answer.headers))
+    return ReadFailed(f"HTTP {answer.status} {answer.headers.get('x-error-message', '')}".strip(), where=url)
 
 
 # ---- reading ------------------------------------------------------------------------------------------
@@ -145,35 +162,38 @@ class _Expired(Again):
 
 def _pieces(url: str, address: Address, size: int, start: int, into: memoryview) -> Iterator[int]:
     """One request; yields how many bytes came, and raises Again where fewer came than were asked for."""
-    stop = start + len(into)
-    headers = {"Range": f"bytes={start}-{stop - 1}", **_authorization(address.token)}
+    headers = {"Range": f"bytes={start}-{start + len(into) - 1}", **_authorization(address.token)}
     began, done = time.monotonic(), 0
     try:
-        with client().stream("GET", address.url, headers=headers) as answer:
-            _check_answer(url, address, answer, size, start, stop)
-            for piece in answer.iter_raw():
-                if done + len(piece) > len(into):
-                    raise ReadFailed("gives more bytes than were asked for", where=url)
-                into[done : done + len(piece)] = piece
-                done += len(piece)
-                yield len(piece)
+        answer = _ask("GET", address.url, headers)
+        try:
+            _check_answer(url, address, answer, size, start, start + len(into))
+            while done < len(into) and (count := answer.readinto(into[done : done + _PIECE])):
+                done += count
+                yield count
                 if time.monotonic() - began > _GRACE + done / _SLOWEST:
                     raise Again(f"{done:,} bytes in {time.monotonic() - began:.0f} s")
-    except httpx2.HTTPError as error:
+        finally:
+            if done == len(into):
+                answer.release_conn()
+            else:
+                answer.close()  # what is left of it would be taken for the next answer
+    except HTTPError as error:
         raise Again(f"{type(error).__name__}: {error}") from error
     if done < len(into):
         raise Again(f"the answer ended after {done:,} of {len(into):,} bytes")
 
 
-def _check_answer(url: str, address: Address, answer: httpx2.Response, size: int, start: int, stop: int) -> None:
-    status = answer.status_code
-    if status == 200:
+def _check_answer(
+    url: str, address: Address, answer: urllib3.BaseHTTPResponse, size: int, start: int, stop: int
+) -> None:
+    if answer.status == 200:
         raise Again("the server sends the whole file where a range was asked for")
-    if status == 416:
+    if answer.status == 416:
         raise SourceChanged("is shorter than it was", where=url)
-    if status != 206:
-        if status in _EXPIRED and address.token is None:
-            raise _Expired(status)
+    if answer.status != 206:
+        if answer.status in _EXPIRED and address.token is None:
+            raise _Expired(answer.status)
         raise _failure(url, answer)
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("content-range", ""))
     if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
