@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # The methods of `HubServer` that may be called from outside.
 CALLS = frozenset(
     {
-        *("add_token", "add_model", "write", "add_link", "allow", "rename", "delete"),
+        *("add_token", "add_model", "write", "add_link", "protect", "allow", "rename", "delete"),
         *(
             "redirect_elsewhere",
             "lie_about_size",

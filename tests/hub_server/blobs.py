@@ -59,10 +59,14 @@ class Blobs:
     def receive(self, pieces: Iterable[bytes], sha256: str, size: int | None = None) -> Blob:
         """Write what comes, and keep it if it is what was announced."""
         scratch, digest = self.scratch(), hashlib.sha256()
-        with scratch.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
+        try:
+            with scratch.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    digest.update(piece)
+        except OSError:  # the client left
+            scratch.unlink()
+            raise
         if digest.hexdigest() != sha256 or size not in (None, scratch.stat().st_size):
             scratch.unlink()
             raise HubError(400, f"the content is not {sha256} of {size} bytes")

@@ -6,6 +6,7 @@ for chunks that others uploaded: the client then does without.
 
 import secrets
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tests.hub_server import xet_formats as formats
@@ -88,25 +89,39 @@ def add_shard(site: Site, request: Request) -> Answer:
 @routes("GET", f"/v1/reconstructions/{_HASH}")
 def reconstruction_1(site: Site, request: Request, name: str) -> Answer:
     skipped, terms = _terms(site, request, name)
-    fetch: dict[str, list[dict[str, Any]]] = {}
-    for term in terms:
-        start, end = _bytes(site, term)
-        chunks, url_range = {"start": term.start, "end": term.end}, {"start": start, "end": end - 1}
-        one = {"range": chunks, "url": site.signed(f"/xorbs/{term.xorb}"), "url_range": url_range}
-        fetch.setdefault(term.xorb, []).append(one)
+    fetch = {
+        xorb: [{"range": one["chunks"], "url": url, "url_range": one["bytes"]} for one in ranges]
+        for xorb, url, ranges in _fetched(site, terms)
+    }
     return answer_json({"offset_into_first_range": skipped, "terms": _told(terms), "fetch_info": fetch})
 
 
 @routes("GET", f"/v2/reconstructions/{_HASH}")
 def reconstruction_2(site: Site, request: Request, name: str) -> Answer:
+    """One range to each address: for several the client would ask at once, which the CDN here does not know."""
     skipped, terms = _terms(site, request, name)
-    xorbs: dict[str, list[dict[str, Any]]] = {}
-    for term in terms:
-        start, end = _bytes(site, term)
-        chunks, within = {"start": term.start, "end": term.end}, {"start": start, "end": end - 1}
-        one = {"url": site.signed(f"/xorbs/{term.xorb}"), "ranges": [{"chunks": chunks, "bytes": within}]}
-        xorbs.setdefault(term.xorb, []).append(one)
+    xorbs = {xorb: [{"url": url, "ranges": [one]} for one in ranges] for xorb, url, ranges in _fetched(site, terms)}
     return answer_json({"offset_into_first_range": skipped, "terms": _told(terms), "xorbs": xorbs})
+
+
+def _fetched(site: Site, terms: list[Term]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """For every xorb its address, and ranges such that each term lies in exactly one. The client looks for the first
+    range that begins where a term does or before, and fails if it does not hold the whole term."""
+    for xorb in dict.fromkeys(term.xorb for term in terms):
+        joined: list[list[int]] = []
+        for start, end in sorted((term.start, term.end) for term in terms if term.xorb == xorb):
+            if joined and start <= joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], end)
+            else:
+                joined.append([start, end])
+        yield xorb, site.signed(f"/xorbs/{xorb}"), [_range(site, xorb, start, end) for start, end in joined]
+
+
+def _range(site: Site, xorb: str, start: int, end: int) -> dict[str, Any]:
+    """Of chunks the end is not in the range, of bytes it is."""
+    chunks = _store(site).xorbs[xorb].chunks
+    within = {"start": chunks[start].start, "end": chunks[end - 1].end - 1}
+    return {"chunks": {"start": start, "end": end}, "bytes": within}
 
 
 def _terms(site: Site, request: Request, name: str) -> tuple[int, list[Term]]:
@@ -120,11 +135,6 @@ def _terms(site: Site, request: Request, name: str) -> tuple[int, list[Term]]:
     except ValueError as error:
         raise HubError(416, str(error)) from error
     return store.terms(file, *(asked or (0, file.size)))
-
-
-def _bytes(site: Site, term: Term) -> tuple[int, int]:
-    chunks = _store(site).xorbs[term.xorb].chunks
-    return chunks[term.start].start, chunks[term.end - 1].end
 
 
 def _told(terms: list[Term]) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@
         server.add_model("org/a", folder)
         client(environment(server, tmp_path), "print(snapshot_download('org/a'))")
 
-Within the test's process `HfApi(endpoint=server.endpoint, token=server.token)` is enough for the API and for uploads by
-LFS if HF_HUB_DISABLE_XET is set; what reads its environment at import goes into a process of its own: `client`.
+Within the test's process `HfApi(endpoint=server.endpoint, token=server.token)` is enough for the API. Uploads and
+downloads belong into a process of their own (`client`): the library reads HF_HUB_DISABLE_XET and its caches' places at
+import, and its uploads by LFS raise a DeprecationWarning of httpx2, which is an error in our tests.
 """
 
 import os

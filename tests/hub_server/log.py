@@ -21,7 +21,7 @@ class Entry:
     query: str
     origin: str  # api, cdn or cas
     range: str | None
-    status: int  # 0: the connection was dropped without an answer
+    status: int  # 0: no answer; the connection was dropped, or the client left in the middle of its request
     sent: int
     received: int
     token: str | None

@@ -38,6 +38,7 @@ class HubServer:
     user, token = "me", "hf_test_me"
 
     def __init__(self, folder: Path, mode: Mode = "lfs", port: int = 0, log: Log | None = None) -> None:
+        self.folder = folder
         self.site = Site(Blobs(folder / "blobs"), Xet(folder / "xorbs") if mode == "xet" else None)
         self._log, self.faults = log or Log(), Faults()
         self._api = self._listen("api", self._answer_api, port)
@@ -106,6 +107,12 @@ class HubServer:
         """Commit a symlink as git has it: its text is the target."""
         repo = self._repo_for(name)
         return self._written(repo, {path: git.small(target.encode(), git.SYMLINK)}, revision, "Link")
+
+    def protect(self, name: str, private: bool | None = None, gated: bool | None = None) -> None:
+        """Make a repository private or gated, or neither; None leaves it."""
+        repo = self.site.store.find(name)
+        repo.private = repo.private if private is None else private
+        repo.gated = repo.gated if gated is None else gated
 
     def allow(self, name: str, user: str) -> None:
         """Let a user read a private or gated repository."""

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import socket
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -72,11 +74,11 @@ def test_tokens_and_rights(server, http):
 
 def test_private_and_gated(server, http):
     server.write("me/p", {"config.json": b"{}"})
-    server.site.store.find("me/p").private = True
+    server.protect("me/p", private=True)
     for headers in ({}, bearer("hf_other")):
         refused = http.get("/api/models/me/p", headers=headers)
         assert (refused.status_code, refused.headers["x-error-code"]) == (404, "RepoNotFound")
-    server.site.store.find("org/a").gated = True
+    server.protect("org/a", gated=True)
     assert http.get("/api/models/org/a", headers=bearer("hf_other")).json()["gated"] == "auto"
     refused = http.head("/org/a/resolve/main/config.json", headers=bearer("hf_other"))
     assert (refused.status_code, refused.headers["x-error-code"]) == (403, "GatedRepo")
@@ -164,6 +166,22 @@ def test_what_nobody_committed_is_collected(tmp_path, server):
         client(variables, "o = pickle.loads(Path(sys.argv[1]).read_bytes())\n" + commit, pickled)
     client(variables, upload + commit)
     assert server.content("org/a", "new.bin") == b"new" * 9
+
+
+def test_a_client_that_leaves(server, http):
+    """Half of an upload is in the log and nowhere else."""
+    headers = {"Authorization": f"Bearer {server.token}"}
+    told = {"operation": "upload", "objects": [{"oid": "a" * 64, "size": 1000}]}
+    batch = http.post("/org/a.git/info/lfs/objects/batch", json=told, headers=headers).json()
+    address = urlsplit(batch["objects"][0]["actions"]["upload"]["href"])
+    with socket.create_connection(("127.0.0.1", address.port)) as connection:
+        head = f"PUT {address.path}?{address.query} HTTP/1.1\r\nHost: cdn\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * 500)
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    (entry,) = server.log("cdn", "PUT")
+    assert (entry.status, entry.received) == (0, 500)
+    assert not list(server.folder.rglob("*.part"))
 
 
 def test_parts(tmp_path, server):

@@ -154,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.server.connections.add(self.request)
+        if self.server.closing.is_set():  # accepted just before `close`, which may not have seen it
+            self.request.shutdown(socket.SHUT_RDWR)
         super().setup()
 
     def finish(self) -> None:
@@ -172,20 +174,32 @@ class _Handler(BaseHTTPRequestHandler):
         began, server = time.time(), self.server
         hidden = self.path.startswith("/__")  # the test's own requests
         range_ = self.headers.get("range")
-        fault = None if hidden else server.faults.strike(server.origin, self.command, self.path, range_)
-        fault = fault or Fault()
+        fault = (None if hidden else server.faults.strike(server.origin, self.command, self.path, range_)) or Fault()
         request = Request(self, fault.ignore_range)
-        server.closing.wait(fault.delay) if fault.delay else None
-        answer = self._answer(request, fault)
-        meant = self._meant(answer, fault)
-        entry = Entry(
+        if fault.delay:
+            server.closing.wait(fault.delay)
+        log = Log() if hidden else server.log
+        try:
+            answer = self._answer(request, fault)
+        except OSError:
+            log.write(self._entry(request, fault, Answer(0), began))
+            raise
+        entry = self._entry(request, fault, answer, began)
+        number, sent = log.write(entry), 0
+        try:
+            sent = self._send(answer, fault, entry.sent)
+        finally:
+            log.write(replace(entry, sent=sent, seconds=time.time() - began), number)
+
+    def _entry(self, request: Request, fault: Fault, answer: Answer, began: float) -> Entry:
+        return Entry(
             method=self.command,
             path=request.path,
             query=request.query_string,
-            origin=server.origin,
+            origin=self.server.origin,
             range=request.asked_range,
             status=0 if fault.drop else answer.status,
-            sent=meant,
+            sent=self._meant(answer, fault),
             received=request.received,
             token=request.token,
             time=began,
@@ -193,13 +207,6 @@ class _Handler(BaseHTTPRequestHandler):
             violation=answer.violation,
             headers={key: value for key, value in request.headers.items() if key in OF_INTEREST},
         )
-        number = -1 if hidden else server.log.write(entry)
-        sent = 0
-        try:
-            sent = self._send(answer, fault, meant)
-        finally:
-            if not hidden:
-                server.log.write(replace(entry, sent=sent, seconds=time.time() - began), number)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = serve
 
@@ -225,11 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
         head = [f"HTTP/1.1 {answer.status} -", f"Content-Length: {answer.size}"]
         head += [f"{name}: {value}" for name, value in answer.headers.items()]
         self._pending = "\r\n".join([*head, "", ""]).encode("latin-1")
-        body = _flipped(sliced(answer.body, 0, meant), fault.flip)
         sent = 0
-        for piece in body:
-            sent += self._send_piece(piece, fault.rate)
-        self._flush()
+        with contextlib.ExitStack() as self._opened:
+            self._files: dict[Path, int] = {}
+            for piece in _flipped(sliced(answer.body, 0, meant), fault.flip):
+                sent += self._send_piece(piece, fault.rate)
+            self._flush()
         if fault.cut is not None and self.command != "HEAD" and meant < answer.size:
             self._hang_up()
         return sent
@@ -247,24 +255,25 @@ class _Handler(BaseHTTPRequestHandler):
             if len(self._pending) > _STEP:
                 self._flush()
         else:
-            self._flush()
+            self._flush(socket.MSG_MORE)
             self._send_file(piece)
         return length(piece)
 
-    def _flush(self) -> None:
+    def _flush(self, flags: int = 0) -> None:
         """A head and a small body go out together."""
         if self._pending:
-            self.connection.sendall(self._pending)
+            self.connection.sendall(self._pending, flags)
         self._pending = b""
 
     def _send_file(self, part: Part) -> None:
-        with part.path.open("rb") as file:
-            position, end = part.start, part.start + part.length
-            while position < end:
-                sent = os.sendfile(self.connection.fileno(), file.fileno(), position, end - position)
-                if not sent:
-                    raise ConnectionError(f"{part.path} is shorter than it was")
-                position += sent
+        if part.path not in self._files:
+            self._files[part.path] = self._opened.enter_context(part.path.open("rb")).fileno()
+        position, end = part.start, part.start + part.length
+        while position < end:
+            sent = os.sendfile(self.connection.fileno(), self._files[part.path], position, end - position)
+            if not sent:
+                raise ConnectionError(f"{part.path} is shorter than it was")
+            position += sent
 
     def _hang_up(self) -> None:
         self.close_connection = True

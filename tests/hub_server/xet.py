@@ -4,7 +4,6 @@ Knows where chunks lie and how a range of a file is put together. Knows nothing 
 """
 
 import bisect
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +22,7 @@ _PER_XORB = 960  # a little under the 64 MiB that a xorb may have, headers inclu
 class Xorb:
     hash: str
     chunks: tuple[Chunk, ...]
+    hashes: tuple[bytes, ...]  # of the chunks
     path: Path
 
     @property
@@ -55,7 +55,6 @@ class Xet:
         self._folder = folder
         self.xorbs: dict[str, Xorb] = {}
         self.files: dict[str, XetFile] = {}
-        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add_xorb(self, name: str, data: bytes) -> bool:
@@ -71,21 +70,27 @@ class Xet:
         new = name not in self.xorbs
         path = self._folder / name
         path.write_bytes(data)
-        self.xorbs.setdefault(name, Xorb(name, tuple(chunks), path))
+        self.xorbs.setdefault(name, Xorb(name, tuple(chunks), tuple(digest for digest, _ in hashes), path))
         return new
 
     def add_file(self, file: XetFile) -> None:
+        """Register a file whose xorbs are here, after looking whether its name is that of its chunks."""
+        nodes: list[tuple[bytes, int]] = []
         for term in file.terms:
             if term.xorb not in self.xorbs:
                 raise HubError(400, f"file {file.hash} needs xorb {term.xorb}, which was not uploaded")
-            chunks = self.xorbs[term.xorb].chunks[term.start : term.end]
-            if sum(chunk.length for chunk in chunks) != term.length:
+            xorb, some = self.xorbs[term.xorb], slice(term.start, term.end)
+            lengths = [chunk.length for chunk in xorb.chunks[some]]
+            if sum(lengths) != term.length:
                 raise HubError(400, f"file {file.hash} expects another length of xorb {term.xorb}")
+            nodes += zip(xorb.hashes[some], lengths, strict=True)
+        if formats.text(formats.file_hash(nodes)) != file.hash:
+            raise HubError(400, f"file {file.hash} is not what its chunks make")
         self.files[file.hash] = file
 
     def content(self, file: XetFile) -> Iterator[bytes]:
         """The bytes of a file, chunk by chunk."""
-        for term in file.terms:
+        for term in file.terms:  # of views nobody asks: their bytes are in the blob
             xorb = self.xorbs[term.xorb]
             data = memoryview(xorb.path.read_bytes())
             for chunk in xorb.chunks[term.start : term.end]:
@@ -105,7 +110,8 @@ class Xet:
         for first in range(0, len(chunks), _PER_XORB):
             some = chunks[first : first + _PER_XORB]
             name = formats.text(formats.xorb_hash(some))
-            self.xorbs.setdefault(name, View(name, _laid_out([size for _, size in some]), path, first * CHUNK))
+            laid_out, hashes = _laid_out([size for _, size in some]), tuple(digest for digest, _ in some)
+            self.xorbs.setdefault(name, View(name, laid_out, hashes, path, first * CHUNK))
             terms.append(Term(name, 0, len(some), sum(size for _, size in some)))
         found = XetFile(formats.text(formats.file_hash(chunks)), tuple(terms), sha256)
         self.files[found.hash] = found

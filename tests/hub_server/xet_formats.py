@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow
 from blake3 import blake3
 
 _DATA_KEY = bytes.fromhex("6697f5775b9550de3135cbaca597181c9de421109beb2b58b4d0b04b93adf229")
@@ -94,6 +93,8 @@ def unpacked(data: memoryview, chunk: Chunk) -> bytes:
     packed = data[chunk.start + 8 : chunk.end]
     if chunk.scheme == 0:
         return bytes(packed)
+    import pyarrow  # noqa: PLC0415 - only what is compressed needs it
+
     plain = pyarrow.decompress(packed, chunk.length, codec="lz4", asbytes=True)
     return plain if chunk.scheme == 1 else _ungrouped(plain)
 
