@@ -8,12 +8,13 @@ when its last block is done.
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from merger.expression import ByteRange, File
 from merger.kernels import Bytes
 from merger.remote import Remote
-from merger.storage.disk import PAGE, page_aligned
+from merger.storage.disk import PAGE, page_aligned, round_up
 
 CONNECTIONS = 8
 WINDOWS = 4  # that share the memory: one is used, the others are on their way
@@ -27,21 +28,20 @@ Demand = tuple[Hashable, Sequence[ByteRange]]  # a block, and the bytes that it 
 class Segment:
     """Consecutive bytes of a file that one request fetches, placed in memory as they lie in the file's pages."""
 
-    def __init__(self, file: File, start: int, stop: int) -> None:
+    def __init__(self, file: File, start: int, stop: int, room: int) -> None:
         self.file, self.start, self.stop = file, start, stop
+        self.memory = room
+        self._buffer: Bytes | None = None
         self._data: Bytes | None = None
         self._done: Future[None] = Future()
 
-    @property
-    def memory(self) -> int:
-        return self.stop - self.start + PAGE
-
-    def fetch(self) -> None:
+    def fetch(self, buffers: "_Buffers") -> None:
         """Ask for the bytes; whoever waits for them gets the error."""
-        skip = self.start % PAGE
-        data = page_aligned(skip + self.stop - self.start)[skip : skip + self.stop - self.start]
         assert isinstance(self.file.path, Remote)
         try:
+            skip = self.start % PAGE
+            self._buffer = buffers.take(self.memory)
+            data = self._buffer[skip : skip + self.stop - self.start]
             self.file.path.fetch(self.start, memoryview(data))  # type: ignore[arg-type]
         except BaseException as error:
             self._done.set_exception(error)
@@ -55,9 +55,28 @@ class Segment:
         assert self._data is not None
         return self._data[start - self.start : stop - self.start]
 
-    def drop(self) -> None:
+    def drop(self, buffers: "_Buffers") -> None:
         """Give the memory back."""
-        self._data = None
+        if self._buffer is not None:
+            buffers.give(self._buffer)
+        self._buffer = self._data = None
+
+
+class _Buffers:
+    """Memory for segments, used again: fresh pages cost more than the bytes that come to lie in them."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._spare = size, list[Bytes]()
+
+    def take(self, size: int) -> Bytes:
+        if size == self._size:
+            with suppress(IndexError):
+                return self._spare.pop()
+        return page_aligned(size)
+
+    def give(self, buffer: Bytes) -> None:
+        if buffer.size == self._size:
+            self._spare.append(buffer)
 
 
 @dataclass(eq=False)
@@ -75,6 +94,7 @@ class Ahead:
 
     def __init__(self, demands: Iterable[Demand], memory: int) -> None:
         self._windows = _windows(demands, memory // WINDOWS)
+        self._buffers = _Buffers(_room(_largest_request(memory // WINDOWS), memory // WINDOWS))
         self._memory, self._held = memory, 0
         self._changed = threading.Condition()
         self._of_block: dict[Hashable, _Window] = {}
@@ -105,7 +125,7 @@ class Ahead:
                     self._of_block.update(dict.fromkeys(blocks, window))
                     self._changed.notify_all()
                 for segment in window.segments:
-                    self._pool.submit(segment.fetch)
+                    self._pool.submit(segment.fetch, self._buffers)
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -129,7 +149,7 @@ class Ahead:
                 return
             for segment in window.segments:
                 self._segments[segment.file].remove(segment)
-                segment.drop()
+                segment.drop(self._buffers)
             self._held -= window.memory
             self._changed.notify_all()
 
@@ -168,12 +188,24 @@ def _windows(demands: Iterable[Demand], memory: int) -> Iterator[tuple[_Window, 
 
 def _segments(ranges: Iterable[tuple[File, int, int]], memory: int) -> Iterator[Segment]:
     """The ranges as requests: neighbours at once, with what lies between where that is little, none too large."""
-    largest = max(_SMALLEST_REQUEST, min(_LARGEST_REQUEST, memory // CONNECTIONS))
+    largest = _largest_request(memory)
     for file, start, stop in _joined(ranges):
         count = -(-(stop - start) // largest)
         step = -(-(stop - start) // count // PAGE) * PAGE or PAGE
         for begin in range(start, stop, step):
-            yield Segment(file, begin, min(begin + step, stop))
+            end = min(begin + step, stop)
+            yield Segment(file, begin, end, _room(end - begin, memory))
+
+
+def _largest_request(memory: int) -> int:
+    """The bytes of the largest request of a window of `memory` bytes."""
+    return max(_SMALLEST_REQUEST, min(_LARGEST_REQUEST, memory // CONNECTIONS))
+
+
+def _room(size: int, memory: int) -> int:
+    """The memory that so many bytes take, whole pages: large requests take as much as the largest, to be used again."""
+    largest = _largest_request(memory)
+    return round_up(largest if size > largest // 2 else size) + PAGE
 
 
 def _joined(ranges: Iterable[tuple[File, int, int]]) -> Iterator[tuple[File, int, int]]:
