@@ -42,6 +42,10 @@ class Destination(ABC):
         """
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Make the place ready for uploads, once, before the first. Raises SourceError and WriteFailed."""
+
+    @abstractmethod
     def upload(self, path: Path) -> Landed:
         """Bring a finished shard there, by a name that nobody sees yet. Bytes that landed before are not sent again.
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from merger.errors import FormatError, ReadFailed, SourceError
+from merger.errors import FormatError, JobError, ReadFailed, SourceError
 from merger.remote import Remote
 from merger.secret import Token
 from merger.storage import ranges, xet
@@ -77,21 +77,21 @@ def access_for(token: Token | None) -> Access:
 # ---- asking -------------------------------------------------------------------------------------------
 
 
-def asked(ask: Callable[[], T], where: str) -> T:
+def asked(ask: Callable[[], T], where: str, failure: type[JobError] = ReadFailed) -> T:
     """What a call of the library returns, tried again where that may help.
 
-    Raises SourceError where the Hub refuses, ReadFailed where it fails.
+    Raises SourceError where the Hub refuses, ReadFailed (or what is given) where it fails.
     """
 
     def once() -> T:
-        with _explained(where):
+        with explained(where):
             return ask()
 
-    return persist(once, where)
+    return persist(once, where, failure)
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
     """The library's exceptions as our own. Raises SourceError, ReadFailed and Again."""
     from huggingface_hub import errors  # noqa: PLC0415
 

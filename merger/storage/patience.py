@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from merger.errors import ReadFailed
+from merger.errors import JobError, ReadFailed
 
 T = TypeVar("T")
 TRIES = 8  # in a row that bring nothing
@@ -25,18 +25,18 @@ class Again(Exception):
 class Patience:
     """Counts the tries of one task and waits between them; bytes that arrive make it new."""
 
-    def __init__(self, where: str) -> None:
-        self._where, self._failed = where, 0
+    def __init__(self, where: str, failure: type[JobError] = ReadFailed) -> None:
+        self._where, self._failure, self._failed = where, failure, 0
 
     def renew(self) -> None:
         """Something arrived: the task gets on."""
         self._failed = 0
 
     def spend(self, failure: Again) -> None:
-        """Wait before the next try. Raises ReadFailed where that was the last."""
+        """Wait before the next try. Raises ReadFailed, or what else it was made with, where that was the last."""
         self._failed += 1
         if self._failed >= TRIES:
-            raise ReadFailed(
+            raise self._failure(
                 f"failed {self._failed} times, the last time: {failure}",
                 where=self._where,
                 remedy="Run the same command again later: it goes on after the last finished shard.",
@@ -45,14 +45,14 @@ class Patience:
         time.sleep(own if failure.delay is None else min(failure.delay + own / 4, _LONGEST_ASKED))
 
 
-def persist(ask: Callable[[], T], where: str) -> T:
-    """What `ask` returns, asked again while it raises Again. Raises ReadFailed in the end."""
-    patience = Patience(where)
+def persist(ask: Callable[[], T], where: str, failure: type[JobError] = ReadFailed) -> T:
+    """What `ask` returns, asked again while it raises Again. Raises ReadFailed, or what is given, in the end."""
+    patience = Patience(where, failure)
     while True:
         try:
             return ask()
-        except Again as failure:
-            patience.spend(failure)
+        except Again as passing:
+            patience.spend(passing)
 
 
 def asked_delay(headers: Mapping[str, str]) -> float | None:

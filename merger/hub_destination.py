@@ -1,0 +1,239 @@
+"""Results that become one commit of a repository on the Hub. Knows commits and trees; knows nothing of how a result is
+made.
+
+Shards are uploaded by whoever made them and are seen by nobody; one commit on a known parent makes all of it visible.
+Whether that commit happened is never guessed: the branch is looked at, before it and after everything that failed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from merger.destination import Destination, Landed
+from merger.errors import OutputOccupied, ReadFailed, RecipeError, SourceError, WriteFailed
+from merger.plan import Plan
+from merger.receipt import FOLDER
+from merger.storage.hub import Access, HubFolder, Repository, asked, explained, library
+from merger.storage.patience import Again, Patience
+from merger.storage.reference import reference_of
+from merger.verify import MANIFEST
+
+# What may stand in a repository before the result comes: what the Hub puts there, and a card.
+_HARMLESS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+_MAIN = "main"
+
+
+@dataclass(frozen=True)
+class HubDestination(Destination):
+    """A branch of a repository, or a pull request to it."""
+
+    repository: str
+    access: Access
+    branch: str = _MAIN
+    create_pr: bool = False
+    private: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"hf://{self.repository}{'' if self.branch == _MAIN else f'@{self.branch}'}"
+
+    def check(self, plan: Plan) -> str | None:
+        if self._head(_MAIN) is None:
+            self._check_namespace()
+            return None
+        return self._published(plan, self._head(self.branch))
+
+    def prepare(self) -> None:
+        api = self.access.api()
+        asked(lambda: api.create_repo(self.repository, private=self.private, exist_ok=True), self.name, WriteFailed)
+        if self._head(self.branch) is None:
+            asked(lambda: api.create_branch(self.repository, branch=self.branch, exist_ok=True), self.name, WriteFailed)
+
+    def upload(self, path: Path) -> Landed:
+        addition = library().CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path))
+        api = self.access.api()
+
+        def send() -> None:
+            try:
+                api.preupload_lfs_files(
+                    self.repository, [addition], revision=self._revision, free_memory=False, num_threads=1
+                )
+            except RuntimeError as error:  # of hf_xet
+                raise Again(str(error)) from error
+
+        asked(send, f"{self.name}: {path.name}", WriteFailed)
+        info = addition.upload_info
+        return Landed(path.name, info.size, info.sha256.hex(), self.name, addition._upload_mode)
+
+    @property
+    def _revision(self) -> str | None:
+        return None if self.create_pr else self.branch
+
+    def publish(self, folder: Path, plan: Plan, landed: Mapping[str, Landed]) -> str:
+        patience = Patience(self.name, WriteFailed)
+        while True:
+            try:
+                head = asked(lambda: self._head(self.branch), self.name, WriteFailed)
+                found = self._published(plan, head)
+                if found:
+                    return found
+                with explained(self.name):
+                    return self._commit(folder, plan, landed, head)
+            except (Again, _SomebodyElse) as failure:
+                patience.spend(failure if isinstance(failure, Again) else Again("somebody else has committed"))
+            except ReadFailed as error:
+                raise WriteFailed(error.message, where=self.name) from error
+
+    def _commit(self, folder: Path, plan: Plan, landed: Mapping[str, Landed], head: str | None) -> str:
+        from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+
+        additions = [_addition(folder, path, landed.get(path.name)) for path in _files(folder)]
+        names = {addition.path_in_repo for addition in additions}
+        try:
+            info = self.access.api().create_commit(
+                self.repository,
+                operations=[*additions, *self._deletions(head, names)],
+                commit_message=_title(plan),
+                commit_description=f"Plan {plan.fingerprint}",
+                revision=self.branch,
+                create_pr=self.create_pr,
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 412:
+                raise _SomebodyElse from error
+            raise
+        except RuntimeError as error:  # of hf_xet
+            raise Again(str(error)) from error
+        return str(info.pr_url or info.commit_url)
+
+    # ---- what is there ------------------------------------------------------------------------------------
+
+    def _head(self, branch: str) -> str | None:
+        """The commit that a branch points to; None where there is no such repository or branch."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError  # noqa: PLC0415
+
+        def look() -> str | None:
+            try:
+                info = self.access.api().model_info(self.repository, revision=branch)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
+            if info.id != self.repository:
+                raise SourceError(f"was renamed to {info.id}", where=self.name, remedy="Write the new name.")
+            return str(info.sha)
+
+        return asked(look, self.name)
+
+    def _check_namespace(self) -> None:
+        """See that the token may make the repository, as far as its account tells."""
+        if self.access.token is None:
+            raise SourceError(
+                "needs a token that may write there",
+                where=self.name,
+                remedy="Give one with --token or HF_TOKEN, or log in: hf auth login.",
+            )
+        who = asked(self.access.api().whoami, self.name)
+        namespaces = [who["name"], *(group["name"] for group in who.get("orgs", []))]
+        if self.repository.partition("/")[0] not in namespaces:
+            raise SourceError(
+                f"is outside of what the token of {who['name']} may write to: {', '.join(namespaces)}", where=self.name
+            )
+
+    def _published(self, plan: Plan, head: str | None) -> str | None:
+        """The address of this plan's result where it is there. Raises OutputOccupied where something else is."""
+        if self.create_pr:
+            return self._pull_request(plan)
+        if head is None:
+            return None
+        place = self._folder(head)
+        others = [name for name in sorted(place.names) if not any(fnmatchcase(name, h) for h in _HARMLESS)]
+        if place.has(MANIFEST) and _fingerprint(place) == plan.fingerprint:
+            return f"{self.access.endpoint}/{self.repository}/commit/{head}"
+        if others:
+            raise OutputOccupied(
+                f"holds something else: {', '.join(others[:4])}; {self._last_commit()}",
+                where=self.name,
+                remedy="merger never replaces what is there. Push to another name, to a new branch "
+                "(`output.branch`), or open a pull request (`output.create_pr: true`).",
+            )
+        return None
+
+    def _folder(self, commit: str) -> HubFolder:
+        return HubFolder(Repository(self.repository, commit, False, self.access), "", self.name)
+
+    def _last_commit(self) -> str:
+        commits = asked(
+            lambda: self.access.api().list_repo_commits(self.repository, revision=self.branch), self.name, WriteFailed
+        )
+        last = commits[0]
+        return (
+            f"last commit by {', '.join(last.authors) or 'unknown'} at {last.created_at:%Y-%m-%d %H:%M}: {last.title}"
+        )
+
+    def _pull_request(self, plan: Plan) -> str | None:
+        api = self.access.api()
+        found = asked(
+            lambda: [
+                request
+                for request in api.get_repo_discussions(self.repository, discussion_type="pull_request")
+                if request.title == _title(plan) and request.status in ("open", "draft", "merged")
+            ],
+            self.name,
+            WriteFailed,
+        )
+        return f"{self.access.endpoint}/{self.repository}/discussions/{found[0].num}" if found else None
+
+    def _deletions(self, head: str | None, names: set[str]) -> list[Any]:
+        """Weights of what a pull request replaces, which would stay beside the new ones."""
+        if not self.create_pr or head is None:
+            return []
+        stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _WEIGHTS)]
+        return [library().CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
+
+
+class _SomebodyElse(Exception):
+    """The branch no longer points to the commit that it pointed to."""
+
+
+def _title(plan: Plan) -> str:
+    return f"Add {plan.recipe['method']} by merger (plan {plan.fingerprint[:16]})"
+
+
+def _fingerprint(place: HubFolder) -> str | None:
+    try:
+        value = json.loads(place.path(MANIFEST).read_text()).get("fingerprint")
+    except (ValueError, AttributeError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a finished result, without the traces of the work."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != FOLDER)
+
+
+def _addition(folder: Path, path: Path, landed: Landed | None) -> Any:
+    """A file of the commit; of one that has landed only its hash is sent."""
+    name = str(path.relative_to(folder))
+    if landed is None or landed.proof != "lfs":
+        return library().CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+    from huggingface_hub.lfs import UploadInfo  # noqa: PLC0415
+
+    addition = library().CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
+    addition.upload_info = UploadInfo(sha256=bytes.fromhex(landed.sha256), size=landed.size, sample=b"")
+    addition._upload_mode, addition._is_uploaded, addition._should_ignore = landed.proof, True, False
+    return addition
+
+
+def hub_destination(text: str, access: Access, *, branch: str | None, create_pr: bool, private: bool) -> HubDestination:
+    """The destination that `output.push` names. Raises SourceError and RecipeError."""
+    reference = reference_of(text)
+    if reference.folder:
+        raise RecipeError("names a folder: a result takes a whole repository", where="output.push")
+    if reference.revision != _MAIN and branch and branch != reference.revision:
+        raise RecipeError(f"says another branch than `output.push`: {reference.revision}", where="output.branch")
+    return HubDestination(reference.repository, access, branch or reference.revision, create_pr, private)
