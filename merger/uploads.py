@@ -1,0 +1,46 @@
+"""Uploads of finished shards while others are still made. Knows queues and threads; knows nothing of destinations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from merger.destination import Destination, Landed, uploaded
+from merger.plan import Plan
+from merger.receipt import Receipt
+
+_AT_ONCE = 2  # each may use several connections
+
+
+class Uploads:
+    """Uploads the shards of a folder as they are finished; `with` waits for those that are under way."""
+
+    def __init__(self, folder: Path, destination: Destination, say: Callable[[str], None]) -> None:
+        self._folder, self._destination, self._say = folder, destination, say
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="upload")
+        self._under_way: dict[str, Future[Landed]] = {}
+
+    def add(self, receipt: Receipt) -> None:
+        """Upload a finished shard, unless that was done."""
+        if receipt.file not in self._under_way:
+            self._under_way[receipt.file] = self._pool.submit(uploaded, self._folder, receipt.file, self._destination)
+
+    def finish(self, plan: Plan, receipts: Sequence[Receipt]) -> str:
+        """Wait for all shards and publish the folder; returns the address. Raises WriteFailed and OutputOccupied."""
+        for receipt in receipts:
+            self.add(receipt)
+        left = sum(not done.done() for done in self._under_way.values())
+        if left:
+            self._say(f"uploading to {self._destination.name}: {left} of {len(receipts)} files are left")
+        landed: Mapping[str, Landed] = {name: done.result() for name, done in self._under_way.items()}
+        self._say(f"publishing {self._destination.name}")
+        return self._destination.publish(self._folder, plan, landed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
