@@ -160,7 +160,7 @@ class HubFile(Remote):
             xet.fetch(repository, self.xet_hash, self.address, self.size, start, into)
             return
         if self.resolved:
-            ranges.ADDRESSES.learn(self.url, self.resolved)
+            ranges.ADDRESSES.learn(self.url, self.access.token, self.resolved)
         ranges.fetch(self.url, self.access.token, self.size, start, into)
 
     def download(self) -> Path:
@@ -180,7 +180,7 @@ class HubFile(Remote):
 
     def __getstate__(self) -> dict[str, Any]:
         """With the address that this process knows, so that the next one need not ask for it."""
-        known = ranges.ADDRESSES.known(self.url) or self.resolved
+        known = ranges.ADDRESSES.known(self.url, self.access.token) or self.resolved
         shared = known if known and known.token is None else None
         return {**self.__dict__, "resolved": shared}
 

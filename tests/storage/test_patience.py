@@ -47,11 +47,9 @@ def test_in_the_end_the_last_failure_and_the_way_on_are_told(waits):
     assert len(waits) == TRIES - 1
 
 
-def test_another_error_can_be_asked_for():
+def test_another_error_can_be_asked_for(waits):
     with pytest.raises(WriteFailed):
-        patient = Patience("there", WriteFailed)
-        patient._failed = TRIES - 1
-        patient.spend(Again("HTTP 503"))
+        persist(failing(TRIES), "there", WriteFailed)
 
 
 def test_other_errors_pass_at_once(waits):
