@@ -15,6 +15,7 @@ from merger.errors import FormatError, PickledWeights, SourceError
 from merger.storage.safetensors import Header, read_header
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What travels with a model. Never code, never what belongs to the training (optimizer, scheduler, trainer).
 SIDE_FILES = (
     "*.json",
@@ -23,9 +24,7 @@ SIDE_FILES = (
     "*.tiktoken",
     "vocab.txt",
     "merges.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LEGAL,
 )
 CONFIG = "config.json"
 # An adapter as PEFT writes one: small changes to a model that is elsewhere.
@@ -49,6 +48,8 @@ TRAINING_STATE = (
 )
 OPTIMIZER = "optimizer.safetensors"
 MAX_SIDE_FILE = 256 << 20  # bytes
+MAX_TEXT = 1 << 20  # bytes of a card or of a licence's text
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ class ModelFolder:
     side_files: Mapping[str, Path]
     training_state: tuple[str, ...]  # names of files that belong to the training and are left alone
     optimizer: WeightFile | None = None  # moments that can be carried along
+    card_text: str = ""  # its README.md
+
+    @property
+    def license_files(self) -> dict[str, Path]:
+        """Those of the side files that say on which terms the model may be used."""
+        legal = {name: path for name, path in self.side_files.items() if is_legal(name)}
+        return {name: path for name, path in legal.items() if path.stat().st_size <= MAX_TEXT}
 
 
 def open_folder(path: Path) -> ModelFolder:
@@ -96,7 +104,7 @@ def open_folder(path: Path) -> ModelFolder:
         _check_index(index, weight_map, files)
     optimizer = _weight_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else None
     config = _adapter_config(path) if names == [ADAPTER] else read_config(path)
-    return ModelFolder(path, files, config, _side_files(path), _training_state(path), optimizer)
+    return ModelFolder(path, files, config, _side_files(path), _training_state(path), optimizer, _card_text(path))
 
 
 def _weight_file(path: Path) -> WeightFile:
@@ -209,6 +217,21 @@ def _side_files(folder: Path) -> dict[str, Path]:
     taken = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     names = sorted(name for name, path in taken.items() if not any(path.match(pattern) for pattern in NOT_SIDE_FILES))
     return {name: taken[name] for name in names if taken[name].stat().st_size <= MAX_SIDE_FILE}
+
+
+def is_legal(name: str) -> bool:
+    """Whether a side file says on which terms a model may be used."""
+    return any(Path(name).match(pattern) for pattern in LEGAL)
+
+
+def _card_text(folder: Path) -> str:
+    """The model card, which strangers may have written: nothing where it is none, or too long."""
+    path = folder / CARD
+    try:
+        text = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_TEXT else b""
+    except OSError:
+        return ""
+    return text.decode(errors="replace")
 
 
 def _training_state(folder: Path) -> tuple[str, ...]:
