@@ -16,9 +16,10 @@ from api.context import Context
 from api.dispatcher import Dispatcher
 from api.metrics import Metrics
 from api.ray_jobs import RayJobs
-from api.routes import attempts, jobs, streams, system
+from api.routes import attempts, jobs, secrets, streams, system
 from api.settings import Settings
 from api.store.store import Store
+from api.vault import Vault
 
 # Nothing waits for a network then, and more threads only take turns: with 40 of them 500 requests from 20 clients had a
 # 95th percentile of 103 ms, with 3 one of 89 ms.
@@ -27,7 +28,7 @@ _THREADS_WITH_SQLITE = 3
 
 def create_app(settings: Settings, store: Store, ray: RayJobs, *, dispatching: bool = True) -> FastAPI:
     """The API over a store and a Ray cluster; with a dispatcher of its own unless told otherwise."""
-    context = Context(settings, store, ray, Metrics(store))
+    context = Context(settings, store, ray, Metrics(store), Vault(store, settings.secret_keys))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -53,7 +54,7 @@ def create_app(settings: Settings, store: Store, ray: RayJobs, *, dispatching: b
     )
     app.state.context = context
     problems.install(app)
-    for routes in (jobs, streams, attempts, system):
+    for routes in (jobs, streams, secrets, attempts, system):
         app.include_router(routes.router)
     app.add_middleware(_Bounded, limit=settings.max_body)
     app.add_middleware(_Timed, metrics=context.metrics)

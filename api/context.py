@@ -2,6 +2,7 @@
 
 import secrets
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from api.metrics import Metrics
 from api.ray_jobs import RayJobs
 from api.settings import Settings
 from api.store.store import Store
+from api.vault import Vault
+from merger.secret import Token
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,13 @@ class Context:
     store: Store
     ray: RayJobs
     metrics: Metrics
+    vault: Vault
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def hub_token(self, project: str, secrets: Mapping[str, str]) -> Token | None:
+        """The token for the Hub of a job that uses these secrets. Raises NoKeys, and NoSecret with the name."""
+        name = secrets.get("hub_token")
+        return self.vault.reveal(project, name) if name else None
 
 
 def _context(request: Request) -> Context:

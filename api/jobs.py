@@ -90,6 +90,7 @@ class Job:
     project: str = "default"
     labels: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
+    secrets: Mapping[str, str] = field(default_factory=dict)  # what for, and the name of the secret
     needs: Needs = Needs()
     limits: Limits = Limits()
     state: State = State.QUEUED

@@ -125,7 +125,7 @@ class _Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         os.nice(_NICENESS)
-        _write_secret(self._data / _CLUSTER, json.dumps(asdict(self._cluster)))
+        write_secret(self._data / _CLUSTER, json.dumps(asdict(self._cluster)))
         head = self._start()
         needed = time.monotonic()
         try:
@@ -171,10 +171,13 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, text: str) -> None:
+    """Make or replace a file that only its owner reads, whole or not at all."""
     temporary = path.with_suffix(".new")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, Secret, StringConstraints
 
 from api.jobs import Event, Job, Limits, Problem, State
 
@@ -16,7 +16,12 @@ _RECIPE = {
 }
 Label = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 LabelValue = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00]*$")]
-
+SECRET_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+SecretName = Annotated[str, StringConstraints(pattern=SECRET_NAME)]
+# One line of text: neither control characters nor the line ends that Unicode adds to them.
+SecretValue = Annotated[
+    str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")
+]
 
 _ATTEMPT: dict[str, Any] = {
     "number": 1,
@@ -38,6 +43,7 @@ _JOB: dict[str, Any] = {
     "method": "lawa",
     "labels": {"team": "pretraining"},
     "priority": 0,
+    "secrets": {"hub_token": "team-hub"},
     "created_at": "2026-11-21T09:00:00Z",
     "started_at": "2026-11-21T09:00:01Z",
     "ended_at": "2026-11-21T09:00:09Z",
@@ -74,12 +80,21 @@ class LimitsIn(_Message):
     run_seconds: float | None = Field(default=None, gt=0, le=366 * 86400)
 
 
+class Secrets(_Message):
+    """The secrets that a job uses, by their names."""
+
+    hub_token: SecretName | None = Field(
+        default=None, description="The secret that is the token for the Hub.", examples=["team-hub"]
+    )
+
+
 class RecipeIn(_Message):
     """A recipe to look at."""
 
     recipe: str | dict[str, Any] = Field(
         description="The document, `output` included, as JSON or as a YAML text.", examples=[_RECIPE]
     )
+    secrets: Secrets = Secrets()
 
 
 class JobIn(RecipeIn):
@@ -88,6 +103,26 @@ class JobIn(RecipeIn):
     labels: dict[Label, LabelValue] = Field(default={}, max_length=64, examples=[{"team": "pretraining"}])
     priority: int = Field(default=0, ge=-1000, le=1000, description="Higher ones start first.")
     limits: LimitsIn = LimitsIn()
+
+
+class SecretIn(_Message):
+    """The value of a secret; it is written only."""
+
+    value: Secret[SecretValue] = Field(json_schema_extra={"writeOnly": True, "format": "password"})
+
+
+class SecretOut(BaseModel):
+    """A secret: its name and when it was stored, first and last."""
+
+    name: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class SecretsOut(BaseModel):
+    """The secrets of a project."""
+
+    secrets: list[SecretOut]
 
 
 class ProblemOut(BaseModel):
@@ -129,6 +164,7 @@ class JobOut(BaseModel):
     method: str
     labels: dict[str, str]
     priority: int
+    secrets: Secrets
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
@@ -233,6 +269,7 @@ def job_out(job: Job) -> JobOut:
         method=job.method,
         labels=dict(job.labels),
         priority=job.priority,
+        secrets=Secrets(**job.secrets),
         created_at=time_of(job.created_at),
         started_at=_time_or_none(job.started_at),
         ended_at=_time_or_none(job.ended_at),

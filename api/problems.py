@@ -13,6 +13,7 @@ from starlette.routing import Match
 
 from api.machine import Refused
 from api.store.store import KeyReused, NotFound, Unavailable
+from api.vault import NoKeys, NoSecret
 from merger.errors import OUTSIDE, MergerError
 
 MEDIA_TYPE = "application/problem+json"
@@ -59,7 +60,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         400: "The request cannot be read",
         401: "The key is missing or unknown",
         404: "There is no such thing",
-        409: "The job's state does not allow it",
+        409: "The state of the job, or of the service, does not allow it",
         413: "The request is too large",
         422: "The request was understood and is wrong",
         500: "The service failed",
@@ -93,6 +94,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _conflict)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(KeyReused, _key_reused)
+    app.add_exception_handler(NoKeys, _no_keys)
+    app.add_exception_handler(NoSecret, _no_secret)
     app.add_exception_handler(Unavailable, _unavailable)
     app.add_exception_handler(Exception, _failed)
 
@@ -190,6 +193,18 @@ def _not_found(_request: Request, error: Exception) -> JSONResponse:
 def _key_reused(_request: Request, error: Exception) -> JSONResponse:
     detail = f"the Idempotency-Key {error} was used before, for another request"
     return problem(422, "key-reused", "The Idempotency-Key was used before.", detail, remedy="Send another key.")
+
+
+def _no_keys(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, NoKeys)
+    return problem(409, "no-secret-keys", "This service keeps no secrets.", str(error), remedy=error.remedy)
+
+
+def _no_secret(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, NoSecret)
+    detail = str(error)
+    errors = [{"pointer": "/secrets/hub_token", "detail": detail}]
+    return problem(422, "no-secret", "A secret cannot be used.", detail, remedy=error.remedy, errors=errors)
 
 
 def _unavailable(_request: Request, error: Exception) -> JSONResponse:

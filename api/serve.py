@@ -15,6 +15,7 @@ from typing import Any
 import click
 import httpx2
 import uvicorn
+from cryptography.fernet import Fernet
 from pydantic import SecretStr, ValidationError
 
 from api import keeper
@@ -28,6 +29,7 @@ from api.store.sql import SqlStore
 from merger.errors import OutputOccupied, RequestError
 
 _LONG = 20.0  # seconds
+_SECRET_KEY = "secret.key"
 
 
 @click.command(name="serve")
@@ -44,8 +46,9 @@ def command(host: str, port: int, data: Path) -> None:
     """Take jobs over HTTP: the API, its database, and a Ray of its own, on this machine.
 
     Prints `ready http://...` when it takes jobs. The first start makes an API key and prints it once; MERGER_API_KEY
-    admits another. Recipes may read and write below the folder in which this was started and below --data;
-    MERGER_SOURCE_ROOTS and MERGER_OUTPUT_ROOTS say otherwise.
+    admits another. Named secrets are encrypted with a key that is made and kept in --data, or with MERGER_SECRET_KEYS.
+    Recipes may read and write below the folder in which this was started and below --data; MERGER_SOURCE_ROOTS and
+    MERGER_OUTPUT_ROOTS say otherwise.
     """
     data = data.absolute()
     data.mkdir(parents=True, exist_ok=True)
@@ -131,11 +134,27 @@ def _settings(data: Path, url: str) -> Settings:
         "source_roots": (here, data),
         "output_roots": (here, data),
     }
+    if not {"MERGER_DATABASE_URL", "MERGER_SECRET_KEYS"} & os.environ.keys():
+        own["secret_keys"] = (_secret_key(data),)  # a database that others use needs a key that they all have
     try:
         return Settings(**{name: value for name, value in own.items() if f"MERGER_{name.upper()}" not in os.environ})
     except ValidationError as error:
         first = error.errors()[0]
         raise RequestError(first["msg"], where=f"MERGER_{str(first['loc'][0]).upper()}") from error
+
+
+def _secret_key(data: Path) -> str:
+    """The key of this machine's secrets, made at the first start: beside the database, readable for its owner."""
+    path = data / _SECRET_KEY
+    if not path.exists():
+        keeper.write_secret(path, Fernet.generate_key().decode())
+    key = path.read_text().strip()
+    try:
+        Fernet(key)
+    except ValueError:
+        remedy = "Put the right one there, or remove the file and store all secrets again."
+        raise RequestError("is no Fernet key", where=str(path), remedy=remedy) from None
+    return key
 
 
 def _admit_first_client(store: SqlStore, settings: Settings) -> None:

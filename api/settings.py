@@ -3,22 +3,36 @@
 from pathlib import Path
 from typing import Annotated
 
+from cryptography.fernet import Fernet
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Folders = Annotated[tuple[Path, ...], NoDecode]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode]
+
+# How a person makes a key for `secret_keys`.
+MAKE_KEY = 'python -c "from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())"'
 
 
 class Settings(BaseSettings):
     """The service's settings; the variable of `database_url` is MERGER_DATABASE_URL."""
 
-    model_config = SettingsConfigDict(env_prefix="MERGER_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="MERGER_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # keys are input too
+    )
 
     database_url: str = Field(default="sqlite:///merger.db", description="SQLite, or PostgreSQL in production.")
     api_key: SecretStr | None = Field(default=None, description="A bearer key that is always admitted.")
     url: str = Field(default="http://127.0.0.1:8080", description="Where runners reach this API.")
     ray_url: str = Field(default="http://127.0.0.1:8265", description="The dashboard of the Ray cluster.")
     ray_token: SecretStr | None = Field(default=None, description="The token of the Ray cluster.")
+    secret_keys: Keys = Field(
+        default=(),
+        description="Fernet keys of the named secrets, comma-separated: the first encrypts, all decrypt.",
+    )
     python: str = Field(default="python", description="The interpreter of the runners on the cluster.")
     working_folder: Path = Field(default=Path(), description="What relative paths in recipes are relative to.")
     source_roots: Folders = Field(default=(), description="Folders below which models may be read, colon-separated.")
@@ -42,3 +56,18 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("secret_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _see_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for i, key in enumerate(keys, 1):
+            try:
+                Fernet(key.get_secret_value())
+            except ValueError:
+                raise ValueError(f"key {i} of {len(keys)} is no Fernet key; this makes one: {MAKE_KEY}") from None
+        return keys

@@ -15,7 +15,9 @@ from merger.preflight import check_disk
 from merger.publish import check_free, is_complete
 from merger.recipe import Document, evaluations_of, make_document, parse_document
 from merger.run import Options, output_of, plan_of
+from merger.secret import Token
 from merger.sources import LocalSources, Roots
+from merger.storage.hub import access_for
 from workers.resources import TaskSize, measuring_request, request_for, training_request
 
 Recipe = str | Mapping[str, Any]
@@ -37,12 +39,16 @@ def document_of(recipe: Recipe) -> Document:
     return parse_document(recipe) if isinstance(recipe, str) else make_document(recipe)
 
 
-def validate(recipe: Recipe, settings: Settings) -> Validated:
+def validate(
+    recipe: Recipe,
+    settings: Settings,
+    hub_token: Token | None = None,
+) -> Validated:
     """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
     output = place_of(output_of(document), settings.working_folder)
     _admit_output(output, settings)
-    plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings)))
+    plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings), access_for(hub_token)))
     size = TaskSize(settings.task_cpus, settings.task_memory)
     requests = [request_for(plan, size)[0]]
     evaluations = evaluations_of(document)

@@ -6,27 +6,32 @@ grows with the model: a block holds pieces of tensors, and many sources only mak
 
 from dataclasses import dataclass
 
+from merger.ahead import WINDOWS
 from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
 from merger.host import processors
-from merger.plan import Plan
+from merger.plan import Plan, remote_files
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
 DEFAULT_MEMORY = 1 << 30
+MOST_AHEAD = 512 << 20  # bytes of remote files: eight requests of 16 MiB, four times over
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """Threads, and the bytes that each of them holds: a block of output and a buffer for its inputs."""
+    """Threads, and the bytes that each of them holds: a block of output and a buffer for its inputs. `ahead` are the
+    bytes of remote files that may be fetched before they are needed.
+    """
 
     threads: int
     block: int
     buffer: int
+    ahead: int = 0
 
     @property
     def memory(self) -> int:
-        return self.threads * (self.block + self.buffer)
+        return self.threads * (self.block + self.buffer) + self.ahead
 
 
 def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Allotment:
@@ -40,15 +45,19 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
     )
     least = widest.memory(SMALLEST_PIECE)
     wanted = threads or 2 * processors()
+    ahead = min(memory // 2, MOST_AHEAD) if remote_files(plan.shards) else 0
     for count in range(wanted, 0, -1):
-        share = memory // count
+        share = (memory - ahead) // count
         block = _block(share, least)
+        while ahead and block > LEAF and widest.memory(block // widest.itemsize) > ahead // WINDOWS:
+            block //= 2  # what a block needs is fetched as one
         if share - block >= least:
-            return Allotment(count, block, min(share - block, max(least, widest.memory(block // widest.itemsize))))
+            buffer = min(share - block, max(least, widest.memory(block // widest.itemsize)))
+            return Allotment(count, block, buffer, ahead)
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
-        remedy=f"Allow at least --memory {-(-(LEAF + least) // 1024)}KiB.",
+        remedy=f"Allow at least --memory {-(-(LEAF + least) * (2 if ahead else 1) // 1024)}KiB.",
     )
 
 

@@ -16,7 +16,8 @@ from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.errors import SourceError
 from merger.expression import Expression, File, Identical, Stored, cast
 from merger.lineage import Card, Parent, read_card, texts_of
-from merger.storage.folder import ADAPTER, MAX_TEXT, ModelFolder, WeightFile, is_legal, open_folder
+from merger.storage.folder import ADAPTER, MAX_TEXT, ModelFolder, is_legal, open_folder
+from merger.storage.place import WeightFile
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,19 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
 
     Raises SourceError, FormatError or PickledWeights.
     """
-    model = open_folder(folder)
+    return checkpoint_of(open_folder(folder), reference or str(folder), step_of(folder))
+
+
+def checkpoint_of(
+    model: ModelFolder,
+    reference: str,
+    step: int | None,
+    *,
+    repository: str = "",
+    revision: str = "",
+    gated: bool = False,
+) -> Checkpoint:
+    """The checkpoint that a model's headers describe; one on the Hub has a repository and the commit that was read."""
     tensors: dict[str, Expression] = {}
     files = []
     for weights in model.files:
@@ -213,16 +226,17 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
         tensors |= stored
     optimizer = _stored(model.optimizer)[1] if model.optimizer else {}
     source = Source(
-        reference or str(folder),
-        step_of(folder),
+        reference,
+        step,
         tuple(files),
         optimizer,
+        repository,
+        revision,
+        gated,
         card=read_card(model.card_text),
         license_files=model.license_files,
     )
-    return Checkpoint(
-        tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference or str(folder)
-    )
+    return Checkpoint(tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference)
 
 
 def _stored(weights: WeightFile) -> tuple[File, dict[str, Expression]]:
@@ -232,12 +246,12 @@ def _stored(weights: WeightFile) -> tuple[File, dict[str, Expression]]:
 
 
 def _notes(model: ModelFolder) -> tuple[str, ...]:
-    notes = []
+    notes, name = [], Path(model.label).name
     if model.training_state:
-        notes.append(f"training state is left alone: {', '.join(model.training_state)} in {model.path.name}")
+        notes.append(f"training state is left alone: {', '.join(model.training_state)} in {name}")
     code = (model.config or {}).get("auto_map")
     if isinstance(code, dict) and any("--" not in str(value) for value in code.values()):
-        notes.append(f"{model.path.name} needs code of its own (auto_map), which is not carried along")
+        notes.append(f"{name} needs code of its own (auto_map), which is not carried along")
     return tuple(notes)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 
@@ -42,10 +43,15 @@ class Client:
         self._http = httpx2.Client(base_url=self.server, headers=headers, timeout=60.0)
 
     def submit(
-        self, recipe: Mapping[str, Any], labels: Mapping[str, str], priority: int, key: str | None = None
+        self,
+        recipe: Mapping[str, Any],
+        labels: Mapping[str, str],
+        priority: int,
+        key: str | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Queue a recipe; returns the job."""
-        body = {"recipe": recipe, "labels": labels, "priority": priority}
+        """Queue a recipe, which may use `secrets` of the service by their names; returns the job."""
+        body = {"recipe": recipe, "labels": labels, "priority": priority, "secrets": secrets or {}}
         return self._call("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": key} if key else {})
 
     def jobs(self, states: tuple[str, ...], limit: int) -> list[dict[str, Any]]:
@@ -71,6 +77,19 @@ class Client:
     def retry(self, job: str) -> dict[str, Any]:
         """Queue an ended job again."""
         return self._call("POST", f"/v1/jobs/{job}:retry")
+
+    def put_secret(self, name: str, value: str) -> bool:
+        """Store a secret; False where it takes the place of an earlier value."""
+        return self._send("PUT", _secret(name), json={"value": value}).status_code == httpx2.codes.CREATED
+
+    def secrets(self) -> list[dict[str, Any]]:
+        """The names of the secrets, with the times at which they were stored."""
+        found: list[dict[str, Any]] = self._call("GET", "/v1/secrets")["secrets"]
+        return found
+
+    def remove_secret(self, name: str) -> None:
+        """Remove a secret."""
+        self._send("DELETE", _secret(name))
 
     def events(self, job: str, on_gap: Callable[[str], None]) -> Iterator[Told]:
         """Everything that happens to a job until it has ended, across restarts of the service.
@@ -121,14 +140,21 @@ class Client:
             raise ServiceFailed(f"does not answer: {error}", where=self.server) from error
 
     def _call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        content: dict[str, Any] = self._send(method, path, **request).json()
+        return content
+
+    def _send(self, method: str, path: str, **request: Any) -> httpx2.Response:
         try:
             response = self._http.request(method, path, **request)
         except httpx2.HTTPError as error:
             raise ServiceFailed(f"does not answer: {error}", where=self.server) from error
         if response.is_error:
             _refuse(response)
-        content: dict[str, Any] = response.json()
-        return content
+        return response
+
+
+def _secret(name: str) -> str:
+    return f"/v1/secrets/{quote(name, safe='')}"
 
 
 def _refuse(response: httpx2.Response) -> None:

@@ -8,23 +8,24 @@ every element is computed for itself, by the same operations in the same order.
 
 import threading
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from merger.ahead import Ahead
 from merger.budget import Allotment
 from merger.checksum import LEAF, checksum, leaves
 from merger.dtypes import DTYPES
 from merger.errors import MergerError, NonFiniteInput, WriteFailed
-from merger.expression import Expression, Fetch, File
+from merger.expression import ByteRange, Expression, Fetch, File
 from merger.kernels import Bytes, count_non_finite
 from merger.measuring import measured
-from merger.plan import Shard
+from merger.plan import Entry, Shard, read_again, remote_files
 from merger.reader import OpenFiles, read
 from merger.receipt import FOLDER, Receipt, write_receipt
+from merger.remote import Remote
 from merger.storage.disk import OutputFile, page_aligned, round_up, sync_folder
 
 OnBytes = Callable[[int], None]
@@ -39,18 +40,23 @@ def write_shards(
     *,
     strict: bool = False,
     execution: str = "",
+    cached: Collection[str] = (),
     on_bytes: OnBytes = lambda _: None,
     on_shard: OnShard = lambda _: None,
 ) -> list[Receipt]:
     """Make the shards in the folder `output` (with its `.merger` folder) and return their receipts.
 
     `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread. `execution` goes into the names
-    of unfinished files, so that two executions of the same work do not write into one. Raises ReadFailed, WriteFailed,
-    SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
+    of unfinished files, so that two executions of the same work do not write into one. Remote files are fetched range
+    by range, ahead of the blocks that need them, but for those whose addresses are in `cached`.
+
+    Raises ReadFailed, WriteFailed, SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
     """
-    inputs = OpenFiles(_read_again(shards))
+    again = read_again(shards)
+    inputs = OpenFiles(again, cached)
     try:
         shards = measured(shards, inputs, allotment.threads)
+        inputs.ahead = _ahead(shards, allotment, cached)
         work = _Work(shards, output, allotment.block, fingerprint, execution, on_shard)
         _run_threads(work, inputs, allotment, strict, on_bytes)
     finally:
@@ -60,14 +66,31 @@ def write_shards(
     return work.receipts
 
 
-def _read_again(shards: Sequence[Shard]) -> set[File]:
-    """The files of which more is read than they hold, as for copies of one tensor."""
-    wanted: Counter[File] = Counter()
-    for shard in shards:
-        for entry in shard.entries:
-            for part in entry.expression.reads(0, entry.expression.size):
-                wanted[part.file] += part.stop - part.start
-    return {file for file, size in wanted.items() if size > 1.2 * file.size}
+def _ahead(shards: Sequence[Shard], allotment: Allotment, cached: Collection[str]) -> Ahead | None:
+    """What fetches remote files ahead of the blocks, or None where everything is here."""
+    if not allotment.ahead or all(address in cached for address in remote_files(shards)):
+        return None
+    demands = (
+        ((shard.name, start), _remote_ranges(shard, start, stop, cached))
+        for shard in shards
+        for start, stop in _spans(shard, allotment.block)
+    )
+    return Ahead(demands, allotment.ahead)
+
+
+def _remote_ranges(shard: Shard, start: int, stop: int, cached: Collection[str]) -> list[ByteRange]:
+    return [
+        part
+        for entry, first, last in _within(shard, [entry.offset for entry in shard.entries], start, stop)
+        for part in entry.expression.reads(first, last)
+        if isinstance(part.file.path, Remote) and part.file.path.address not in cached
+    ]
+
+
+def _spans(shard: Shard, block: int) -> Iterator[tuple[int, int]]:
+    """The blocks of a shard's data, from byte to byte."""
+    for start in range(0, shard.data_size, block):
+        yield start, min(start + block, shard.data_size)
 
 
 def _run_threads(work: "_Work", inputs: OpenFiles, allotment: Allotment, strict: bool, on_bytes: OnBytes) -> None:
@@ -145,8 +168,8 @@ class _Work:
             self._open.add(current)
             if not current.left:
                 self._finish(current)
-            for start in range(0, shard.data_size, self._block):
-                yield _Block(current, start, min(start + self._block, shard.data_size))
+            for start, stop in _spans(shard, self._block):
+                yield _Block(current, start, stop)
 
     def take(self) -> _Block | None:
         """The next block, or None where nothing is left or the work was stopped."""
@@ -206,8 +229,9 @@ def _fill_blocks(work: _Work, inputs: OpenFiles, allotment: Allotment, strict: b
         while block := work.take():
             size = block.stop - block.start
             data = output[:size]
-            for batch in _batches(block, data, buffer.size):
-                _evaluate(work, block, batch, inputs, buffer, strict)
+            with inputs.serving((block.of.shard.name, block.start)):
+                for batch in _batches(block, data, buffer.size):
+                    _evaluate(work, block, batch, inputs, buffer, strict)
             output[size : round_up(size)] = 0
             block.of.file.write(output[: round_up(size)], len(block.of.shard.header) + block.start)
             work.done(block, leaves(data))
@@ -230,17 +254,24 @@ class _Piece(NamedTuple):
 
 def _pieces(block: _Block, data: Bytes) -> Iterator[_Piece]:
     """The parts of tensors that lie in a block."""
-    entries = block.of.shard.entries
-    for entry in entries[max(0, bisect_right(block.of.offsets, block.start) - 1) :]:
-        if entry.offset >= block.stop:
+    for entry, first, last in _within(block.of.shard, block.of.offsets, block.start, block.stop):
+        itemsize = entry.expression.itemsize
+        begin = entry.offset + first * itemsize - block.start
+        out = data[begin : begin + (last - first) * itemsize]
+        yield _Piece(entry.name, entry.expression, first, last, out)
+
+
+def _within(shard: Shard, offsets: Sequence[int], start: int, stop: int) -> Iterator[tuple[Entry, int, int]]:
+    """The tensors that lie in bytes `start` to `stop` of a shard's data, each with its elements there."""
+    for entry in shard.entries[max(0, bisect_right(offsets, start) - 1) :]:
+        if entry.offset >= stop:
             return
         itemsize = entry.expression.itemsize
-        begin = max(block.start, entry.offset)
-        end = min(block.stop, entry.offset + entry.expression.nbytes)
+        begin = max(start, entry.offset)
+        end = min(stop, entry.offset + entry.expression.nbytes)
         if begin < end:
-            out = data[begin - block.start : end - block.start]
             first = (begin - entry.offset) // itemsize
-            yield _Piece(entry.name, entry.expression, first, first + (end - begin) // itemsize, out)
+            yield entry, first, first + (end - begin) // itemsize
 
 
 def _batches(block: _Block, data: Bytes, capacity: int) -> Iterator[list[_Piece]]:

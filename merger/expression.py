@@ -20,13 +20,14 @@ import numpy as np
 
 from merger.dtypes import DTYPES
 from merger.kernels import Bytes, count_non_finite, weighted_sum
+from merger.remote import Remote
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class File:
     """A file of stored tensors as it was when it was planned; compared by identity."""
 
-    path: Path
+    path: Path | Remote
     size: int
     mtime_ns: int
     header_sha256: str

@@ -9,6 +9,7 @@ from merger.difference import Pair, by_layer, measure
 from merger.dtypes import DTYPES
 from merger.expression import File, Stored
 from merger.plan import Plan
+from merger.remote import Remote
 from merger.sizes import active, parameters
 
 
@@ -43,8 +44,9 @@ def distances(plan: Plan, output: Path) -> dict[str, bytes]:
     """How far the result is from its last source, by layer, from a sample of each tensor; nothing for a copy."""
     from merger.pictures import draw_distances  # noqa: PLC0415
 
-    if len(plan.checkpoint.parts) < 2:
-        return {}
+    last_files = plan.checkpoint.parts[-1].source.files
+    if len(plan.checkpoint.parts) < 2 or any(isinstance(file.path, Remote) for file in last_files):
+        return {}  # a request for each tensor is too dear for a picture
     layers = by_layer(measure(_pairs_with_last(plan, output), SAMPLE))
     if not layers:
         return {}

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,8 @@ from itertools import chain
 from typing import Any
 
 from merger.checkpoint import Checkpoint
-from merger.expression import Expression, Identical
+from merger.expression import Expression, File, Identical
+from merger.remote import Remote
 from merger.storage.folder import ADAPTER, OPTIMIZER
 from merger.storage.safetensors import build_header
 
@@ -144,7 +146,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
         "parts": [(part.source.reference, part.weight) for part in checkpoint.parts],
         "files": [
             (str(file.path), file.size, file.mtime_ns, file.header_sha256)
-            for file in [*files, *sorted(moments, key=lambda file: file.path)]
+            for file in [*files, *sorted(moments, key=lambda file: str(file.path))]
         ],
         "shards": [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in shards],
     }
@@ -157,3 +159,20 @@ def index_of(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_parameters": plan.parameters, "total_size": sum(shard.data_size for shard in plan.weights)},
         "weight_map": {entry.name: shard.name for shard in plan.weights for entry in shard.entries},
     }
+
+
+def read_again(shards: Iterable[Shard]) -> set[File]:
+    """The files of which more is read than they hold, as for copies of one tensor, or for a pass that measures."""
+    wanted: Counter[File] = Counter()
+    for shard in shards:
+        for entry in shard.entries:
+            tensors = [entry.expression, *(measure.of for measure in entry.expression.measures())]
+            for part in chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors):
+                wanted[part.file] += part.stop - part.start
+    return {file for file, size in wanted.items() if size > 1.2 * file.size}
+
+
+def remote_files(shards: Iterable[Shard]) -> set[str]:
+    """The addresses of the files elsewhere that are read."""
+    leaves = chain.from_iterable(entry.expression.leaves() for shard in shards for entry in shard.entries)
+    return {leaf.file.path.address for leaf in leaves if isinstance(leaf.file.path, Remote)}

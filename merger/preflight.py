@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from merger.checkpoint import Checkpoint, Kin
 from merger.dtypes import DTYPES
-from merger.errors import IncompatibleSources, NotEnoughDisk, ReadFailed
+from merger.errors import IncompatibleSources, NotEnoughDisk
 from merger.expression import Stored
 from merger.kernels import weighted_sum
 from merger.plan import Plan
+from merger.reader import part_of
 from merger.storage.disk import PAGE
 
 _CHUNK = 8 << 20  # bytes
@@ -43,19 +44,15 @@ def check_buffers(plan: Plan) -> None:
 
 def _same_bytes(a: Stored, b: Stored, limit: int | None = None) -> bool:
     """Whether two tensors begin with the same `limit` bytes, or are the same."""
-    with a.file.path.open("rb") as first, b.file.path.open("rb") as second:
-        first.seek(a.offset)
-        second.seek(b.offset)
-        left = min(a.nbytes, limit or a.nbytes)
-        while left:
-            size = min(left, _CHUNK)
-            chunk, other = first.read(size), second.read(size)
-            if len(chunk) != size or len(other) != size:
-                raise ReadFailed("ends early", where=str(a.file.path if len(chunk) != size else b.file.path))
-            if chunk != other:
-                return False
-            left -= size
-    return True
+    size = min(a.nbytes, limit or a.nbytes)
+    return all(
+        _bytes(a, start, min(start + _CHUNK, size)) == _bytes(b, start, min(start + _CHUNK, size))
+        for start in range(0, size, _CHUNK)
+    )
+
+
+def _bytes(tensor: Stored, start: int, stop: int) -> bytes:
+    return part_of(tensor.file, tensor.offset + start, tensor.offset + stop)
 
 
 # ---- kin ----------------------------------------------------------------------------------------------
@@ -132,9 +129,7 @@ def _values(tensors: list[Stored]) -> NDArray[np.float64]:
     rows = []
     for tensor in tensors:
         count = min(tensor.size, _SAMPLE)
-        with tensor.file.path.open("rb") as file:
-            file.seek(tensor.offset)
-            content = np.frombuffer(file.read(count * tensor.itemsize), np.uint8)
+        content = np.frombuffer(_bytes(tensor, 0, count * tensor.itemsize), np.uint8)
         row = np.empty(count)
         weighted_sum([(1.0, content, tensor.dtype)], row.view(np.uint8), "F64")
         rows.append(row)

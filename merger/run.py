@@ -7,7 +7,8 @@ import gc
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,7 @@ def _run(document: Document, evidence: Evidence, options: Options, progress: Pro
     with publish.taken(output, plan):
         earlier = publish.finished_shards(output, plan)
         try:
-            receipts, figures = _write(plan, output, allotment, options, progress, earlier)
+            receipts, figures, picture = _write(plan, output, allotment, options, progress, earlier)
             if plan.checkpoint.origin and options.parity != "off":
                 progress.phase("comparing logits with the source's")
             checks = verified(plan, output, receipts, options.parity)
@@ -193,30 +194,33 @@ def _run(document: Document, evidence: Evidence, options: Options, progress: Pro
             raise
         found, evidence = measured(document, plan, output, means.judge, evidence)
         checks += found
-        complete(plan, output, receipts, checks, figures, evidence)
+        complete(plan, output, receipts, checks, figures, evidence, picture)
     return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts))
 
 
 def _write(
     plan: Plan, output: Path, allotment: Allotment, options: Options, progress: Progress, earlier: Sequence[Receipt]
-) -> tuple[list[Receipt], Figures]:
+) -> tuple[list[Receipt], Figures, Mapping[str, bytes]]:
+    """Make the shards that are left; the report's first picture is drawn while the disk is at work."""
     left = left_of(plan, earlier)
     kernels.load()
     progress.begin(plan.size, plan.size - sum(shard.size for shard in left))
-    began = time.perf_counter()
-    made = write_shards(
-        left,
-        output,
-        allotment,
-        plan.fingerprint,
-        strict=options.strict,
-        on_bytes=progress.advance,
-        on_shard=progress.finished,
-    )
-    seconds = time.perf_counter() - began
+    with ThreadPoolExecutor(1) as aside:
+        drawing = aside.submit(gallery.main_picture, plan)
+        began = time.perf_counter()
+        made = write_shards(
+            left,
+            output,
+            allotment,
+            plan.fingerprint,
+            strict=options.strict,
+            on_bytes=progress.advance,
+            on_shard=progress.finished,
+        )
+        seconds = time.perf_counter() - began
     read, written = sum(shard.read_size for shard in left), sum(shard.size for shard in left)
     figures = Figures(seconds, read, written, allotment.threads, allotment.memory)
-    return [*earlier, *made], figures
+    return [*earlier, *made], figures, drawing.result()
 
 
 def left_of(plan: Plan, earlier: Sequence[Receipt]) -> list[Shard]:
@@ -286,9 +290,12 @@ def complete(
     checks: Sequence[Check],
     figures: Figures,
     evidence: Evidence = NONE,
+    picture: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Put the side files, the card, the report and the config beside the shards."""
-    main = gallery.main_picture(plan)
+    """Put the side files, the card, the report and the config beside the shards; `picture` is the report's first,
+    where it was drawn already.
+    """
+    main = picture or gallery.main_picture(plan)
     pictures = {
         **main,
         **gallery.lines(evidence.assessment),

@@ -1,6 +1,6 @@
-"""Where a recipe's checkpoints are: references and patterns to folders, and which folders may be read.
+"""Where a recipe's checkpoints are: references and patterns to folders here or on the Hub, and which may be read.
 
-Knows local paths; reads headers only.
+Reads headers only.
 """
 
 import re
@@ -11,6 +11,9 @@ from pathlib import Path
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
 from merger.errors import SourceError
 from merger.methods.method import Member, Method, Sources
+from merger.remote_models import hub_matches, hub_step, open_on_hub
+from merger.storage.hub import Access, own_access
+from merger.storage.reference import SCHEME, looks_remote, reference_of
 
 
 class Roots:
@@ -19,12 +22,16 @@ class Roots:
     def __init__(self, folders: Iterable[Path] = ()) -> None:
         self._folders = tuple(folder.expanduser().resolve() for folder in folders)
 
+    def holds(self, path: Path) -> bool:
+        """Whether `path`, its links followed, lies below a root."""
+        return not self._folders or any(path.resolve().is_relative_to(folder) for folder in self._folders)
+
     def admit(self, path: Path, where: str) -> None:
         """See that `path`, its links followed, lies below a root.
 
         Raises SourceError, which does not tell whether the path exists.
         """
-        if self._folders and not any(path.resolve().is_relative_to(folder) for folder in self._folders):
+        if not self.holds(path):
             allowed = ", ".join(map(str, self._folders))
             raise SourceError(
                 "is outside of the folders that this service may use",
@@ -34,15 +41,22 @@ class Roots:
 
 
 class LocalSources(Sources):
-    """Models in local folders below `roots`, and recipes within the recipe."""
+    """Models in local folders below `roots`, models on the Hub that `access` reaches (the environment's without), and
+    recipes within the recipe.
+    """
 
-    def __init__(self, roots: Roots | None = None) -> None:
+    def __init__(self, roots: Roots | None = None, access: Access | None = None) -> None:
         self._roots = roots or Roots()
+        self._access = access
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
         if not isinstance(checkpoints, str):
             members = tuple(self._member(source) for source in checkpoints)
+        elif has_magic(checkpoints) and self._is_remote(checkpoints):
+            members = tuple(
+                Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self._hub())
+            )
         elif has_magic(checkpoints):
             self._roots.admit(_fixed_part(checkpoints), checkpoints)
             members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
@@ -53,9 +67,12 @@ class LocalSources(Sources):
         return members
 
     def _member(self, source: str | Method) -> Member:
-        if isinstance(source, str):
-            self._roots.admit(Path(source).expanduser(), source)
-        return Member(source, step_of(Path(source)) if isinstance(source, str) else None)
+        if not isinstance(source, str):
+            return Member(source, None)
+        if self._is_remote(source):
+            return Member(source, hub_step(reference_of(source)))
+        self._roots.admit(Path(source).expanduser(), source)
+        return Member(source, step_of(Path(source)))
 
     def open(self, member: Member) -> Checkpoint:
         if isinstance(member.origin, Method):
@@ -68,8 +85,21 @@ class LocalSources(Sources):
     def admit(self, path: Path) -> None:
         self._roots.admit(path.expanduser(), str(path))
 
+    def _is_remote(self, source: str) -> bool:
+        """Whether a reference means the Hub: it says so, or looks like a name there and is no folder here."""
+        if source.startswith(SCHEME) or not looks_remote(source):
+            return source.startswith(SCHEME)
+        path = Path(source).expanduser()
+        return not (self._roots.holds(path) and path.exists())
+
+    def _hub(self) -> Access:
+        self._access = self._access or own_access()
+        return self._access
+
     def _open(self, reference: str) -> Checkpoint:
-        folder = local_folder(reference)
+        if self._is_remote(reference):
+            return open_on_hub(reference, self._hub())
+        folder = Path(reference).expanduser()
         self._roots.admit(folder, reference)
         for path in folder.iterdir() if folder.is_dir() else ():
             self._roots.admit(path, str(path))  # a link out of the root
@@ -104,17 +134,3 @@ def _fixed_part(pattern: str) -> Path:
     while has_magic(str(folder)):
         folder = folder.parent
     return folder
-
-
-def local_folder(reference: str) -> Path:
-    """The folder of a reference. Raises SourceError for one on the Hub, which is not read yet."""
-    path = Path(reference).expanduser()
-    if reference.startswith("hf://") or (
-        not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", reference)
-    ):
-        raise SourceError(
-            "is not a folder here, and models on the Hub are not read yet",
-            where=reference,
-            remedy=f"Download it first: hf download {reference.removeprefix('hf://')} --local-dir FOLDER",
-        )
-    return path

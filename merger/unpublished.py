@@ -10,6 +10,7 @@ from pathlib import Path
 from merger.checkpoint import Checkpoint
 from merger.expression import Expression, File, Stored
 from merger.plan import Plan
+from merger.reader import on_disk
 
 
 def written(plan: Plan, folder: Path) -> Checkpoint:
@@ -32,7 +33,7 @@ def link_weights(model: Checkpoint, place: Path) -> None:
         assert isinstance(tensor, Stored)
         if tensor.file not in names:
             names[tensor.file] = f"{len(names):05d}.safetensors"
-            (place / names[tensor.file]).symlink_to(tensor.file.path.resolve())
+            (place / names[tensor.file]).symlink_to(on_disk(tensor.file).resolve())
         weight_map[name] = names[tensor.file]
     (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 

@@ -131,7 +131,7 @@ def check_folder(folder: Path, *, load: bool = False, on_bytes: Callable[[int], 
     model = open_folder(folder)
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     files = [*model.files, *([model.optimizer] if model.optimizer else [])]
-    scans = {file.path.name: _scan(file.path, file.header, on_bytes) for file in files}
+    scans = {file.path.name: _scan(_file(folder, file.path.name), file.header, on_bytes) for file in files}
     found = {name: count for scan in scans.values() for name, count in scan.non_finite.items()}
     known = manifest.get("non_finite", {}) if manifest else {}
     new = {name: count for name, count in found.items() if known.get(name) != count}
@@ -143,6 +143,10 @@ def check_folder(folder: Path, *, load: bool = False, on_bytes: Callable[[int], 
     if manifest:
         checks.append(_against_manifest(manifest, {name: scan.xxh3 for name, scan in scans.items()}))
     return [*checks, _not_loaded() if is_adapter else _loads(folder)] if load else checks
+
+
+def _file(model: Path, name: str) -> Path:
+    return model if model.is_file() else model / name
 
 
 def _adapter(folder: Path) -> Check:

@@ -55,7 +55,12 @@ def with_parents(plan: Plan, *changes: dict) -> Plan:
     return replace(plan, checkpoint=replace(plan.checkpoint, parts=parts))
 
 
-LLAMA = {"repository": "org/llama", "revision": "a" * 40, "card": Card("llama3.1", language=("en", "no"))}
+LLAMA = {
+    "reference": "hf://org/llama@v1/last",
+    "repository": "org/llama",
+    "revision": "a" * 40,
+    "card": Card("llama3.1", language=("en", "no")),
+}
 MIT = {"repository": "org/mit", "revision": "b" * 40, "card": Card("mit", language=("en",), datasets=("c4",))}
 
 
@@ -71,7 +76,7 @@ def test_the_hubs_client_reads_the_card(plan):
         "datasets": ["c4"],
     }
     assert "| source | commit | step | weight |\n|---|---|---|---|" in card.text
-    assert "| `org/llama` | aaaaaaaaaaaa | 1 | 0.25 |" in card.text
+    assert "| `org/llama@v1/last` | aaaaaaaaaaaa | 1 | 0.25 |" in card.text
     assert "- org/mit is under mit and passes into llama3.1." in card.text
     assert "Built with Llama" in card.text
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx2
 
+from merger.secret import Token
+
 _PATIENCE = 900.0  # seconds for an answer that the attempt cannot go on without
 _LONGEST_LINE = 5000  # characters
 _PASSING = frozenset({429, 500, 502, 503, 504})
@@ -45,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Order:
-    """What the API tells a runner that has claimed an attempt."""
+    """What the API tells a runner that has claimed an attempt. `hub_token` travels in this answer and nowhere else."""
 
     recipe: Mapping[str, Any]
     output: str
@@ -54,6 +56,18 @@ class Order:
     task_cpus: float
     task_memory: int
     heartbeat_seconds: float
+    hub_token: Token | None = None
+
+    def content(self) -> dict[str, Any]:
+        """The order as it is sent, its token in plain text."""
+        token = self.hub_token.reveal() if self.hub_token else None
+        return {**vars(self), "hub_token": token}
+
+
+def order_of(content: Mapping[str, Any]) -> Order:
+    """The order that was sent so."""
+    roots, token = tuple(content["source_roots"]), content.get("hub_token")
+    return Order(**{**content, "source_roots": roots, "hub_token": Token(token) if token else None})
 
 
 class Api:
@@ -67,8 +81,7 @@ class Api:
         """Take the attempt. Raises Superseded where it is not to be had."""
         answer = self._insist("claim", {"claim": code, "nonce": str(uuid.uuid4())})
         self._http.headers["Authorization"] = f"Bearer {answer['token']}"
-        order = answer["order"]
-        return Order(**{**order, "source_roots": tuple(order["source_roots"])})
+        return order_of(answer["order"])
 
     def report(self, content: Mapping[str, Any]) -> Word:
         """Send a report once. Raises Superseded, and httpx2.HTTPError where it should be sent again."""
@@ -103,10 +116,13 @@ class Api:
 
 
 class Reporter:
-    """Sends reports from a thread of its own, one every heartbeat, and calls `on_word` when the attempt has to stop."""
+    """Sends reports from a thread of its own, one every heartbeat, and calls `on_word` when the attempt has to stop.
 
-    def __init__(self, api: Api, seconds: float, on_word: Callable[[Word], None]) -> None:
-        self._api, self._seconds, self._on_word = api, seconds, on_word
+    Nothing that it is told leaves with the text of `token` in it.
+    """
+
+    def __init__(self, api: Api, seconds: float, on_word: Callable[[Word], None], token: Token | None = None) -> None:
+        self._api, self._seconds, self._on_word, self._token = api, seconds, on_word, token
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._progress = Progress()
         self._events: list[dict[str, Any]] = []
@@ -128,19 +144,31 @@ class Reporter:
     def event(self, kind: str, **data: Any) -> None:
         """Note that something happened."""
         with self._lock:
-            self._events.append({"kind": kind, "data": data})
+            self._events.append({"kind": kind, "data": self._hidden(data)})
 
     def line(self, text: str) -> None:
         """Note a line of the log, or its beginning where it is very long."""
         with self._lock:
-            self._lines.append(text[:_LONGEST_LINE])
+            self._lines.append(self.hide(text)[:_LONGEST_LINE])  # in this order: half a token is none that is found
 
     def finish(self, outcome: str, content: Mapping[str, Any]) -> None:
         """Send what is left, then the outcome, and report no more. Raises Superseded."""
         self._stopped.set()
         self._thread.join()
         self.flush()
-        self._api.finish(outcome, content)
+        self._api.finish(outcome, self._hidden(content))
+
+    def hide(self, text: str) -> str:
+        """A text as it may be seen: the last line of defence, for what an error's message may hold."""
+        return self._token.hidden_in(text) if self._token else text
+
+    def _hidden(self, content: Any) -> Any:
+        """JSON with no token in its texts; names of fields are our own."""
+        if isinstance(content, Mapping):
+            return {name: self._hidden(value) for name, value in content.items()}
+        if isinstance(content, list | tuple):
+            return [self._hidden(value) for value in content]
+        return self.hide(content) if isinstance(content, str) else content
 
     def flush(self) -> None:
         """Wait until the API knows everything so far. Raises Superseded."""

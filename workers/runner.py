@@ -31,6 +31,7 @@ from merger.report import NONE, Figures
 from merger.run import Options, chosen, complete, left_of, measured, plan_of, verified, warnings_of
 from merger.sources import LocalSources, Roots
 from merger.staging import Staging
+from merger.storage.hub import access_for
 from workers.judging import RayJudge
 from workers.reports import Api, Order, Progress, Reporter, Superseded, Word
 from workers.resources import TaskSize, measuring_request, request_for, training_request
@@ -50,7 +51,8 @@ class Attempt:
         self._staging = Staging(Path(order.output), job, number)
         self._progress = Progress("planning")
         self._word: Word | None = None
-        self._reporter = Reporter(api, order.heartbeat_seconds, self._heed)
+        self._hub_token = order.hub_token
+        self._reporter = Reporter(api, order.heartbeat_seconds, self._heed, self._hub_token)
         self._tasks: ShardTasks | None = None
         self._judge: RayJudge | None = None
         self._roots: list[Path] = []
@@ -118,7 +120,7 @@ class Attempt:
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
         self._roots = self._all_roots(document)
-        sources = LocalSources(Roots(self._roots))
+        sources = LocalSources(Roots(self._roots), access_for(self._hub_token))
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
         request, allotment = request_for(plan, size)
@@ -218,6 +220,7 @@ class Attempt:
         self._reporter.progress(self._progress)
 
     def _say(self, text: str) -> None:
+        text = self._reporter.hide(text)
         print(text, flush=True)  # noqa: T201  (Ray keeps it)
         for line in text.splitlines():
             self._reporter.line(line)

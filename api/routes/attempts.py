@@ -5,13 +5,15 @@ import time
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import machine
 from api.context import Context, Credentials, InContext
 from api.dispatcher import digest
 from api.jobs import Entry, Job, Problem, State
+from api.vault import NoKeys, NoSecret
+from merger.secret import Token
 from workers.reports import Order, Progress, Word
 
 router = APIRouter(prefix="/v1/internal/jobs/{job:uuid}/attempts/{number:int}", include_in_schema=False)
@@ -52,8 +54,11 @@ class _Nothing(_Body):
 
 
 @router.post("/claim")
-def claim(job: UUID, number: int, body: _Claim, context: InContext) -> dict[str, Any]:
-    """Give the attempt to the runner that shows its code, once; the runner speaks with the token from now on."""
+def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Response) -> dict[str, Any]:
+    """Give the attempt to the runner that shows its code, once; the runner speaks with the token from now on.
+
+    Secrets are decrypted now, so that another value acts on the next attempt, and only after the code was right.
+    """
     settings, now, token = context.settings, time.time(), secrets.token_urlsafe(32)
     lease = now + settings.lease_seconds
     happening = machine.Claimed(now, number, body.claim, body.nonce, digest(token), lease)
@@ -66,8 +71,10 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext) -> dict[str,
         task_cpus=settings.task_cpus,
         task_memory=settings.task_memory,
         heartbeat_seconds=settings.heartbeat_seconds,
+        hub_token=_hub_token(context, found),
     )
-    return {"token": token, "order": vars(order)}
+    response.headers["Cache-Control"] = "no-store"
+    return {"token": token, "order": order.content()}
 
 
 @router.post("/report")
@@ -110,6 +117,17 @@ def failed(job: UUID, number: int, body: _Failure, context: InContext, credentia
 def canceled(job: UUID, number: int, _body: _Nothing, context: InContext, credentials: Credentials) -> dict[str, str]:
     """The runner has stopped and has cleared away what it had staged."""
     return _end(context, job, number, credentials, machine.Cleared(time.time()))
+
+
+def _hub_token(context: Context, job: Job) -> Token | None:
+    """The token for the Hub that a claimed job names; without it the job fails for good."""
+    try:
+        return context.hub_token(job.project, job.secrets)
+    except (NoKeys, NoSecret) as error:
+        problem = Problem(type(error).__name__, str(error), "secrets.hub_token", error.remedy)
+        happening = machine.Failed(time.time(), job.attempt.number, problem, again=False)
+        context.metrics.ended(context.store.change(job.id, happening))
+        raise HTTPException(409, str(error)) from error
 
 
 def _speaking(context: Context, job: UUID, number: int, credentials: Credentials) -> Job:

@@ -18,6 +18,7 @@ from api.validation import Validated, validate
 from merger.errors import MergerError
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=responses(400, 401, 413, 422, 503))
+_NAMING = responses(409)  # a secret, where the service keeps none
 
 Key = Annotated[
     str | None,
@@ -31,7 +32,7 @@ Key = Annotated[
 ]
 
 
-@router.post("/jobs", status_code=201, summary="Submit a job")
+@router.post("/jobs", status_code=201, summary="Submit a job", responses=_NAMING)
 def submit(body: JobIn, response: Response, context: InContext, project: Project, key: Key = None) -> JobOut:
     """Check a recipe down to headers, disk and memory, and queue it."""
     request = store.Request(key, _digest(body)) if key else None
@@ -53,7 +54,7 @@ def _replayed(context: Context, project: str, request: store.Request | None) -> 
 
 
 def _new_job(body: JobIn, context: Context, project: str) -> Job:
-    validated = _validate(body, context)
+    validated = _validate(body, context, project)
     settings, now = context.settings, time.time()
     limits = limits_of(body.limits, Limits(settings.max_attempts, settings.queue_seconds, settings.run_seconds))
     return Job(
@@ -65,6 +66,7 @@ def _new_job(body: JobIn, context: Context, project: str) -> Job:
         project=project,
         labels=body.labels,
         priority=body.priority,
+        secrets=_named(body),
         needs=validated.needs,
         limits=limits,
         allowed=limits.max_attempts,
@@ -72,17 +74,23 @@ def _new_job(body: JobIn, context: Context, project: str) -> Job:
     )
 
 
-def _validate(body: RecipeIn, context: Context) -> Validated:
+def _named(body: RecipeIn) -> dict[str, str]:
+    """The names of the secrets that a job uses."""
+    return body.secrets.model_dump(exclude_none=True)
+
+
+def _validate(body: RecipeIn, context: Context, project: str) -> Validated:
+    hub_token = context.hub_token(project, _named(body))
     try:
-        return validate(body.recipe, context.settings)
+        return validate(body.recipe, context.settings, hub_token)
     except MergerError as error:
         raise RecipeRefused(error, body.recipe) from error
 
 
-@router.post("/jobs:validate", summary="Plan without running")
-def plan(body: RecipeIn, context: InContext, _project: Project) -> PlanOut:
+@router.post("/jobs:validate", summary="Plan without running", responses=_NAMING)
+def plan(body: RecipeIn, context: InContext, project: Project) -> PlanOut:
     """What a recipe would read and write, or why it would be refused. No weight is read, nothing is written."""
-    return PlanOut.model_validate(_validate(body, context).plan)
+    return PlanOut.model_validate(_validate(body, context, project).plan)
 
 
 @router.get("/jobs", summary="List jobs")

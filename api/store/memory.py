@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from api.jobs import ACTIVE, Event, Job, LogLine, State
 from api.machine import Happening
-from api.store.store import KeyReused, NotFound, Query, Request, Store, apply, created
+from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store, apply, created
 
 
 class MemoryStore(Store):
@@ -20,6 +20,7 @@ class MemoryStore(Store):
         self._requests: dict[tuple[str, str], tuple[str, str]] = {}
         self._leases: dict[str, tuple[str, float]] = {}
         self._keys: dict[str, str] = {}
+        self._secrets: dict[tuple[str, str], Secret] = {}
 
     def add(self, job: Job, request: Request | None = None) -> tuple[Job, bool]:
         with self._lock:
@@ -111,6 +112,24 @@ class MemoryStore(Store):
 
     def has_keys(self) -> bool:
         return bool(self._keys)
+
+    def put_secret(self, project: str, name: str, ciphertext: str, at: float) -> bool:
+        with self._lock:
+            known = self._secrets.get((project, name))
+            self._secrets[project, name] = Secret(name, ciphertext, known.created_at if known else at, at)
+            return known is None
+
+    def secret(self, project: str, name: str) -> Secret | None:
+        return self._secrets.get((project, name))
+
+    def secrets(self, project: str) -> list[Secret]:
+        with self._lock:
+            found = [secret for (owner, _), secret in self._secrets.items() if owner == project]
+        return sorted(found, key=lambda secret: secret.name)
+
+    def remove_secret(self, project: str, name: str) -> bool:
+        with self._lock:
+            return self._secrets.pop((project, name), None) is not None
 
     def check(self) -> None:
         return

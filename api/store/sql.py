@@ -13,8 +13,8 @@ from api.jobs import ACTIVE, Attempt, Event, Job, LogLine, State
 from api.machine import Happening
 from api.store.connections import WRITING, open_engine
 from api.store.migrate import is_current
-from api.store.store import KeyReused, NotFound, Query, Request, Store, Unavailable, apply, created
-from api.store.tables import AttemptRow, EventRow, JobRow, KeyRow, LeaseRow, LogRow, RequestRow
+from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store, Unavailable, apply, created
+from api.store.tables import AttemptRow, EventRow, JobRow, KeyRow, LeaseRow, LogRow, RequestRow, SecretRow
 
 _JOB, _ATTEMPT = TypeAdapter(Job), TypeAdapter(Attempt)
 _COLUMNS = frozenset({"project", "state", "method", "priority", "labels", "created_at", "queued_at", "not_before"})
@@ -179,6 +179,43 @@ class SqlStore(Store):
         with self._session() as session:
             return session.scalar(select(KeyRow.digest).limit(1)) is not None
 
+    # ---- secrets --------------------------------------------------------------------------------------
+
+    def put_secret(self, project: str, name: str, ciphertext: str, at: float) -> bool:
+        try:
+            return self._put_secret(project, name, ciphertext, at)
+        except exc.IntegrityError:  # the same name at the same moment: the other one is there now
+            return self._put_secret(project, name, ciphertext, at)
+
+    def _put_secret(self, project: str, name: str, ciphertext: str, at: float) -> bool:
+        with self._session(writing=True) as session:
+            row = session.get(SecretRow, (project, name), with_for_update=True)
+            if row is None:
+                session.add(SecretRow(project=project, name=name, ciphertext=ciphertext, created_at=at, updated_at=at))
+                return True
+            row.ciphertext, row.updated_at = ciphertext, at
+            return False
+
+    def secret(self, project: str, name: str) -> Secret | None:
+        with self._session() as session:
+            row = session.get(SecretRow, (project, name))
+            return _secret(row) if row else None
+
+    def secrets(self, project: str) -> list[Secret]:
+        rows = select(SecretRow).where(SecretRow.project == project)
+        with self._session() as session:
+            # sorted here, because a database may put letters and dashes in an order of its own
+            return sorted(map(_secret, session.scalars(rows)), key=lambda secret: secret.name)
+
+    def remove_secret(self, project: str, name: str) -> bool:
+        with self._session(writing=True) as session:
+            row = session.get(SecretRow, (project, name), with_for_update=True)
+            if row is not None:
+                session.delete(row)
+            return row is not None
+
+    # ---- the database itself --------------------------------------------------------------------------
+
     def check(self) -> None:
         with self._session() as session:
             if not is_current(session.connection()):
@@ -209,6 +246,10 @@ def _load(session: Session, job: str) -> Job:
     if row is None:
         raise NotFound(job)
     return _job(row, _attempts(session, [job]))
+
+
+def _secret(row: SecretRow) -> Secret:
+    return Secret(row.name, row.ciphertext, row.created_at, row.updated_at)
 
 
 def _find(session: Session, project: str, request: Request) -> Job | None:

@@ -45,8 +45,18 @@ class Request:
     digest: str
 
 
+@dataclass(frozen=True)
+class Secret:
+    """A named secret of a project, as it is kept: encrypted. Times are seconds since 1970."""
+
+    name: str
+    ciphertext: str
+    created_at: float
+    updated_at: float
+
+
 class Store(ABC):
-    """Jobs, their events and logs, leases of the service's own processes, and the keys of its clients.
+    """Jobs, their events and logs, leases of the service's own processes, the keys of its clients and their secrets.
 
     Every method may raise Unavailable.
     """
@@ -125,6 +135,22 @@ class Store(ABC):
     @abstractmethod
     def has_keys(self) -> bool:
         """Whether any client is admitted."""
+
+    @abstractmethod
+    def put_secret(self, project: str, name: str, ciphertext: str, at: float) -> bool:
+        """Keep a secret under its name; False where it takes the place of another."""
+
+    @abstractmethod
+    def secret(self, project: str, name: str) -> Secret | None:
+        """The secret of that name, None where there is none."""
+
+    @abstractmethod
+    def secrets(self, project: str) -> list[Secret]:
+        """The secrets of a project, by name."""
+
+    @abstractmethod
+    def remove_secret(self, project: str, name: str) -> bool:
+        """Forget a secret; False where there is none of that name."""
 
     @abstractmethod
     def check(self) -> None:

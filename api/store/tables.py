@@ -94,6 +94,18 @@ class LeaseRow(Base):
     until: Mapped[float]
 
 
+class SecretRow(Base):
+    """A named secret of a project: what the keys of the settings make of it, never the value."""
+
+    __tablename__ = "secrets"
+
+    project: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    ciphertext: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[float]
+    updated_at: Mapped[float]
+
+
 class KeyRow(Base):
     """A client's key, by its SHA-256 digest."""
 

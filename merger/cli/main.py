@@ -33,6 +33,7 @@ VERBS = {
     "verify": "check a checkpoint: files, checksums, finite values",
     "methods": "the methods, their fields, papers and examples",
     "submit": "send a recipe to a job service",
+    "secret": "tokens that jobs of a service use by name",
     "jobs": "list the jobs of a service",
     "job": "one job: state, progress, result, error",
     "watch": "follow a job until it has ended",

@@ -38,6 +38,7 @@ def described(job: dict[str, Any]) -> str:
         ("waiting for", job["waiting_for"]),
         ("labels", ", ".join(f"{name}={value}" for name, value in job["labels"].items())),
         ("priority", job["priority"] or ""),
+        ("hub token", job.get("secrets", {}).get("hub_token")),
         ("created", job["created_at"]),
         ("started", job["started_at"]),
         ("ended", job["ended_at"]),

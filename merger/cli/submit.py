@@ -21,6 +21,7 @@ from merger.recipe import read_content
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label to find the job by.")
 @click.option("--priority", type=click.IntRange(-1000, 1000), default=0, help="Higher ones start first.")
 @click.option("--idempotency-key", metavar="KEY", help="Sent again with the same key, the recipe is one job.")
+@click.option("--hub-token-secret", metavar="NAME", help="The token for the Hub: a secret of the service, by its name.")
 @click.option("--wait", is_flag=True, help="Follow the job until it has ended; exit with 1 unless it succeeded.")
 @accept_license
 @server
@@ -32,6 +33,7 @@ def command(
     labels: tuple[str, ...],
     priority: int,
     idempotency_key: str | None,
+    hub_token_secret: str | None,
     wait: bool,
     accept_license: bool,
     server: str | None,
@@ -40,7 +42,8 @@ def command(
     """Queue RECIPE as a job and print its id. Paths in it are relative to the folder in which the service runs."""
     client = Client(server)
     content = read_content(recipe, with_output(changes, output, accept_license=accept_license))
-    job = client.submit(content, dict(map(_label, labels)), priority, idempotency_key)
+    secrets = {"hub_token": hub_token_secret} if hub_token_secret else None
+    job = client.submit(content, dict(map(_label, labels)), priority, idempotency_key, secrets)
     if wait:
         follow(client, job["id"], as_json=as_json)
     else:

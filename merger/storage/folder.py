@@ -1,18 +1,19 @@
-"""A model or an adapter in a local folder: which files hold its tensors, its config, what lies beside them.
+"""A model or an adapter in a folder, here or elsewhere: which files hold its tensors, what lies beside them.
 
-Reads headers, no weights.
+Reads configs and headers, no weights.
 """
 
 import json
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from merger.errors import FormatError, PickledWeights, SourceError
-from merger.storage.safetensors import Header, read_header
+from merger.storage.place import LocalFolder, Place, WeightFile, local_weights
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -48,38 +49,25 @@ TRAINING_STATE = (
 )
 OPTIMIZER = "optimizer.safetensors"
 MAX_SIDE_FILE = 256 << 20  # bytes
+_JOURNEYS = 8  # files elsewhere whose headers are read at once
 MAX_TEXT = 1 << 20  # bytes of a card or of a licence's text
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """One file of tensors, as it was when its header was read."""
-
-    path: Path
-    mtime_ns: int
-    header: Header
-
-
-@dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk: its weight files in the order of their names, its config (None where there is none), side
+    """A model in a folder: its weight files in the order of their names, its config (None where there is none), side
     files.
     """
 
-    path: Path
+    label: str
     files: tuple[WeightFile, ...]
     config: Mapping[str, Any] | None
     side_files: Mapping[str, Path]
     training_state: tuple[str, ...]  # names of files that belong to the training and are left alone
     optimizer: WeightFile | None = None  # moments that can be carried along
     card_text: str = ""  # its README.md
-
-    @property
-    def license_files(self) -> dict[str, Path]:
-        """Those of the side files that say on which terms the model may be used."""
-        legal = {name: path for name, path in self.side_files.items() if is_legal(name)}
-        return {name: path for name, path in legal.items() if path.stat().st_size <= MAX_TEXT}
+    license_files: Mapping[str, Path] = field(default_factory=dict)  # what says on which terms it may be used
 
 
 def open_folder(path: Path) -> ModelFolder:
@@ -90,48 +78,52 @@ def open_folder(path: Path) -> ModelFolder:
     if path.is_file():
         if any(path.match(pattern) for pattern in PICKLES):
             raise PickledWeights("is a pickle, which merger does not read", where=str(path))
-        return ModelFolder(path, (_weight_file(path),), None, {}, ())
+        return ModelFolder(str(path), (local_weights(path),), None, {}, ())
     if not path.is_dir():
         raise SourceError(
             "is not there", where=str(path), remedy="Give the folder of a model, or one .safetensors file."
         )
-    index = _index_of(path)
-    weight_map = _weight_map(index) if index else None
-    names = sorted(set(weight_map.values())) if weight_map else [_only_weights(path)]
-    files = tuple(_weight_file(path / name) for name in names)
+    return open_place(LocalFolder(path))
+
+
+def open_place(place: Place) -> ModelFolder:
+    """Read the headers of the model in a folder, here or elsewhere. Raises as `open_folder`."""
+    index = _index_of(place)
+    weight_map = _weight_map(place, index) if index else None
+    names = sorted(set(weight_map.values())) if weight_map else [_only_weights(place)]
+    files = weights_of(place, names)
     _check_unique(files)
     if index and weight_map:
-        _check_index(index, weight_map, files)
-    optimizer = _weight_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else None
-    config = _adapter_config(path) if names == [ADAPTER] else read_config(path)
-    return ModelFolder(path, files, config, _side_files(path), _training_state(path), optimizer, _card_text(path))
+        _check_index(place.where(index), weight_map, files)
+    optimizer = place.weights(OPTIMIZER) if place.has(OPTIMIZER) else None
+    config = _adapter_config(place) if names == [ADAPTER] else _config(place)
+    return ModelFolder(
+        str(place), files, config, _side_files(place), _training_state(place), optimizer, *declared(place)
+    )
 
 
-def _weight_file(path: Path) -> WeightFile:
-    return WeightFile(path, _stat(path).st_mtime_ns, read_header(path))
+def weights_of(place: Place, names: Sequence[str]) -> tuple[WeightFile, ...]:
+    """The weight files of these names, several at once: elsewhere each costs a journey."""
+    if isinstance(place, LocalFolder):
+        return tuple(place.weights(name) for name in names)
+    with ThreadPoolExecutor(_JOURNEYS) as pool:
+        return tuple(pool.map(place.weights, names))
 
 
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _index_of(folder: Path) -> Path | None:
+def _index_of(place: Place) -> str | None:
     """The index of the weight files, or None where one file holds all. Raises SourceError where there are two sets."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    whole = folder / "model.safetensors"
-    if len(indexes) > 1 or (indexes and whole.exists()):
-        found = ", ".join(path.name for path in [*indexes, whole] if path.exists())
+    indexes = list(place.matches("*.safetensors.index.json"))
+    whole = ["model.safetensors"] if place.has("model.safetensors") else []
+    if len(indexes) > 1 or (indexes and whole):
+        found = ", ".join([*indexes, *whole])
         remedy = "Remove the stale one."
-        raise SourceError(f"holds more than one set of weights: {found}", where=str(folder), remedy=remedy)
+        raise SourceError(f"holds more than one set of weights: {found}", where=str(place), remedy=remedy)
     return indexes[0] if indexes else None
 
 
-def _only_weights(folder: Path) -> str:
+def _only_weights(place: Place) -> str:
     """The name of the file that holds all weights."""
-    singles = sorted(path.name for path in folder.glob("*.safetensors") if path.name != OPTIMIZER)
+    singles = [name for name in place.matches("*.safetensors") if name != OPTIMIZER]
     if "model.safetensors" in singles:
         return "model.safetensors"
     if len(singles) == 1:
@@ -139,100 +131,99 @@ def _only_weights(folder: Path) -> str:
     if singles:
         raise SourceError(
             f"holds {len(singles)} safetensors files and no index that says which belong together",
-            where=str(folder),
+            where=str(place),
             remedy="Restore model.safetensors.index.json, or name one file.",
         )
-    pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)} - {*_training_state(folder)})
+    pickles = sorted({name for pattern in PICKLES for name in place.matches(pattern)} - {*_training_state(place)})
     if pickles == ["adapter_model.bin"]:
         remedy = "Load it with PEFT where you trust it, and save it with save_pretrained: that writes safetensors."
-        raise PickledWeights("is a pickle, which merger does not read", where=str(folder / pickles[0]), remedy=remedy)
+        where = place.where(pickles[0])
+        raise PickledWeights("is a pickle, which merger does not read", where=where, remedy=remedy)
     if pickles:
-        raise PickledWeights(
-            f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(folder)
-        )
+        raise PickledWeights(f"has its weights in pickles ({pickles[0]}), which merger does not read", where=str(place))
     raise SourceError(
-        "holds no safetensors weights", where=str(folder), remedy="Give the folder that has model.safetensors."
+        "holds no safetensors weights", where=str(place), remedy="Give the folder that has model.safetensors."
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(place: Place, index: str) -> dict[str, str]:
     """Tensor to file, every file a plain name in the same folder."""
-    weight_map = read_json(index).get("weight_map")
+    where = place.where(index)
+    weight_map = read_json(place.path(index), where).get("weight_map")
     if type(weight_map) is not dict or not weight_map or not all(type(name) is str for name in weight_map.values()):
-        raise FormatError("has no `weight_map` from tensors to files", where=str(index))
+        raise FormatError("has no `weight_map` from tensors to files", where=where)
     for name in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise FormatError(f"names {name!r}, which is not a safetensors file in the same folder", where=str(index))
-        if not (index.parent / name).is_file():
+            raise FormatError(f"names {name!r}, which is not a safetensors file in the same folder", where=where)
+        if not place.has(name):
             remedy = "Download that file too."
-            raise FormatError(f"names {name}, which is not in the folder", where=str(index), remedy=remedy)
+            raise FormatError(f"names {name}, which is not in the folder", where=where, remedy=remedy)
     return weight_map
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], files: tuple[WeightFile, ...]) -> None:
+def _check_index(index: str, weight_map: Mapping[str, str], files: tuple[WeightFile, ...]) -> None:
     """See that the index and the headers tell the same of every tensor."""
     found = {name: file.path.name for file in files for name in file.header.tensors}
     if weight_map != found:
         tensor = min(name for name in weight_map.keys() | found.keys() if weight_map.get(name) != found.get(name))
         listed, real = weight_map.get(tensor, "no file"), found.get(tensor, "no file")
-        raise FormatError(f"says that tensor {tensor!r} is in {listed}, it is in {real}", where=str(index))
+        raise FormatError(f"says that tensor {tensor!r} is in {listed}, it is in {real}", where=index)
 
 
 def _check_unique(files: tuple[WeightFile, ...]) -> None:
-    seen: dict[str, Path] = {}
+    seen: dict[str, str] = {}
     for file in files:
         for name in file.header.tensors:
             if name in seen:
-                raise FormatError(f"tensor {name!r} is also in {seen[name].name}", where=str(file.path))
-            seen[name] = file.path
+                raise FormatError(f"tensor {name!r} is also in {seen[name]}", where=str(file.path))
+            seen[name] = file.path.name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FormatError where it is none."""
+def read_json(path: Path, where: str = "") -> dict[str, Any]:
+    """The JSON object in a file, which messages call `where`. Raises FormatError where it is none."""
+    where = where or str(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"is not readable JSON: {error}", where=str(path)) from error
+        raise FormatError(f"is not readable JSON: {error}", where=where) from error
     if type(value) is not dict:
-        raise FormatError("is not a JSON object", where=str(path))
+        raise FormatError("is not a JSON object", where=where)
     return value
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """The model's config.json, or None where there is none."""
-    path = folder / CONFIG
-    return read_json(path) if path.is_file() else None
+def _config(place: Place) -> dict[str, Any] | None:
+    return read_json(place.path(CONFIG), place.where(CONFIG)) if place.has(CONFIG) else None
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def _adapter_config(place: Place) -> dict[str, Any]:
     """What says how the tensors of an adapter change a model: without it they mean nothing."""
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
+    if not place.has(ADAPTER_CONFIG):
         remedy = f"Restore {ADAPTER_CONFIG}: rank and scale stand there."
-        raise SourceError(f"holds {ADAPTER} and no {ADAPTER_CONFIG}", where=str(folder), remedy=remedy)
-    return read_json(path)
+        raise SourceError(f"holds {ADAPTER} and no {ADAPTER_CONFIG}", where=str(place), remedy=remedy)
+    return read_json(place.path(ADAPTER_CONFIG), place.where(ADAPTER_CONFIG))
 
 
-def _side_files(folder: Path) -> dict[str, Path]:
-    taken = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    names = sorted(name for name, path in taken.items() if not any(path.match(pattern) for pattern in NOT_SIDE_FILES))
-    return {name: taken[name] for name in names if taken[name].stat().st_size <= MAX_SIDE_FILE}
+def _side_files(place: Place, patterns: Sequence[str] = SIDE_FILES) -> dict[str, Path]:
+    taken = {name for pattern in patterns for name in place.matches(pattern) if place.has(name)}
+    names = sorted(name for name in taken if not any(fnmatchcase(name, pattern) for pattern in NOT_SIDE_FILES))
+    return {name: place.path(name) for name in names if (place.size(name) or 0) <= MAX_SIDE_FILE}
 
 
 def is_legal(name: str) -> bool:
     """Whether a side file says on which terms a model may be used."""
-    return any(Path(name).match(pattern) for pattern in LEGAL)
+    return any(fnmatchcase(name, pattern) for pattern in LEGAL)
 
 
-def _card_text(folder: Path) -> str:
-    """The model card, which strangers may have written: nothing where it is none, or too long."""
-    path = folder / CARD
+def declared(place: Place) -> tuple[str, dict[str, Path]]:
+    """The text of a folder's model card, which strangers may have written, and its files on the terms of use."""
+    found = {name: path for name, path in _side_files(place, LEGAL).items() if (place.size(name) or 0) <= MAX_TEXT}
+    if not place.has(CARD) or (place.size(CARD) or 0) > MAX_TEXT:
+        return "", found
     try:
-        text = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_TEXT else b""
+        return place.path(CARD).read_bytes().decode(errors="replace"), found
     except OSError:
-        return ""
-    return text.decode(errors="replace")
+        return "", found
 
 
-def _training_state(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for pattern in TRAINING_STATE for path in folder.glob(pattern)))
+def _training_state(place: Place) -> tuple[str, ...]:
+    return tuple(sorted(name for pattern in TRAINING_STATE for name in place.matches(pattern)))

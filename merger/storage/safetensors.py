@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,46 +56,52 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = _header_length(path, head, size)
-            text = file.read(length)
+            return header_of(str(path), os.fstat(file.fileno()).st_size, file.read)
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    return _parse(path, text, size, hashlib.sha256(head + text).hexdigest())
 
 
-def _header_length(path: Path, head: bytes, size: int) -> int:
+def header_of(where: str, size: int, read: Callable[[int], bytes]) -> Header:
+    """The checked header of a file of `size` bytes, from its first bytes: `read` gives the next so many.
+
+    Raises FormatError, and what `read` raises.
+    """
+    head = read(min(size, 8))
+    text = read(_header_length(where, head, size))
+    return _parse(where, text, size, hashlib.sha256(head + text).hexdigest())
+
+
+def _header_length(where: str, head: bytes, size: int) -> int:
     if len(head) < 8:
-        _refuse(path, f"is {size} bytes long: too short for a safetensors file")
+        _refuse(where, f"is {size} bytes long: too short for a safetensors file")
     length = int(struct.unpack("<Q", head)[0])
     if length > MAX_HEADER:
-        _refuse(path, f"claims a header of {length:,} bytes; merger reads headers of up to {MAX_HEADER:,}")
+        _refuse(where, f"claims a header of {length:,} bytes; merger reads headers of up to {MAX_HEADER:,}")
     if length + 8 > size:
-        _refuse(path, f"is truncated: the header alone takes {length + 8:,} bytes, the file has {size:,}")
+        _refuse(where, f"is truncated: the header alone takes {length + 8:,} bytes, the file has {size:,}")
     return length
 
 
-def _parse(path: Path, text: bytes, size: int, digest: str) -> Header:
+def _parse(where: str, text: bytes, size: int, digest: str) -> Header:
     try:
         entries = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer if b"-0" in text else None
         )
     except _Duplicate as error:
-        _refuse(path, f"names {error} twice in its header")
+        _refuse(where, f"names {error} twice in its header")
     except (ValueError, RecursionError) as error:
-        _refuse(path, f"has a header that is not JSON: {error}")
+        _refuse(where, f"has a header that is not JSON: {error}")
     if type(entries) is not dict or not text.startswith(b"{"):
-        _refuse(path, "has a header that is not a JSON object")
+        _refuse(where, "has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if type(metadata) is not dict or not all(_is_text(word) for pair in metadata.items() for word in pair):
-        _refuse(path, "has a `__metadata__` that is not an object of strings")
+        _refuse(where, "has a `__metadata__` that is not an object of strings")
     if len(entries) > MAX_TENSORS:
-        _refuse(path, f"holds {len(entries):,} tensors; merger reads up to {MAX_TENSORS:,} in one file")
+        _refuse(where, f"holds {len(entries):,} tensors; merger reads up to {MAX_TENSORS:,} in one file")
     data_start = len(text) + 8
-    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
+    tensors = {name: _tensor(where, name, entry, data_start) for name, entry in entries.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
-    _check_cover(path, tensors, data_start, size)
+    _check_cover(where, tensors, data_start, size)
     return Header(size, data_start, tensors, metadata, digest)
 
 
@@ -127,23 +133,23 @@ _LIMIT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _tensor(where: str, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        _refuse(path, f"has a tensor with an unusable name: {name[:80]!r}")
+        _refuse(where, f"has a tensor with an unusable name: {name[:80]!r}")
     if type(entry) is not dict or entry.keys() != _FIELDS:
-        _refuse(path, "must have exactly the fields dtype, shape and data_offsets", name)
+        _refuse(where, "must have exactly the fields dtype, shape and data_offsets", name)
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     if dtype is None:
-        _refuse(path, f"has the unknown dtype {_brief(entry['dtype'])}", name)
+        _refuse(where, f"has the unknown dtype {_brief(entry['dtype'])}", name)
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        _refuse(path, f"has a bad shape or bad offsets: {_brief(shape)}, {_brief(offsets)}", name)
+        _refuse(where, f"has a bad shape or bad offsets: {_brief(shape)}, {_brief(offsets)}", name)
     if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= _LIMIT:
-        _refuse(path, f"has more elements than there can be: {_brief(shape)}", name)
+        _refuse(where, f"has more elements than there can be: {_brief(shape)}", name)
     bits = math.prod(shape) * dtype.bits
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         wanted = f"{dtype.name} {_brief(shape)} takes {bits // 8:,} bytes{' and a part' if bits % 8 else ''}"
-        _refuse(path, f"{wanted}, its offsets span {offsets[1] - offsets[0]:,}", name)
+        _refuse(where, f"{wanted}, its offsets span {offsets[1] - offsets[0]:,}", name)
     return StoredTensor(dtype.name, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
@@ -162,20 +168,20 @@ def _naturals(values: Any) -> bool:
     return True
 
 
-def _check_cover(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
+def _check_cover(where: str, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
     position = data_start
     for name, tensor in tensors.items():
         if tensor.start != position:
             problem = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-            _refuse(path, f"{problem} (starts at {tensor.start:,}, expected {position:,})", name)
+            _refuse(where, f"{problem} (starts at {tensor.start:,}, expected {position:,})", name)
         position = tensor.stop
     if position != size:
         problem = "is truncated" if size < position else "has bytes after its last tensor"
-        _refuse(path, f"{problem}: its header describes {position:,} bytes, the file has {size:,}")
+        _refuse(where, f"{problem}: its header describes {position:,} bytes, the file has {size:,}")
 
 
-def _refuse(path: Path, problem: str, tensor: str = "") -> NoReturn:
-    raise FormatError(problem, where=f"{path}: tensor {tensor!r}" if tensor else str(path))
+def _refuse(where: str, problem: str, tensor: str = "") -> NoReturn:
+    raise FormatError(problem, where=f"{where}: tensor {tensor!r}" if tensor else where)
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from api.app import create_app
@@ -25,7 +26,8 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     write_run(tmp_path / "runs" / "tiny", shards=1, megabytes=1, checkpoints=6)
     monkeypatch.chdir(tmp_path)
     roots = {"source_roots": (tmp_path,), "output_roots": (tmp_path,), "working_folder": tmp_path}
-    settings = Settings(api_key=SecretStr(KEY), queue_seconds=0.5, **roots)
+    keys = (SecretStr(Fernet.generate_key().decode()),)
+    settings = Settings(api_key=SecretStr(KEY), secret_keys=keys, queue_seconds=0.5, **roots)
     scripted = ScriptedRay()
     scripted.nodes = []  # no job can start, so each is soon timed out, and streams of it end
     with scripted.client() as ray:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 from pydantic import ValidationError
 
 from api.settings import Settings
@@ -19,7 +20,8 @@ def test_folders_are_separated_by_colons(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGER_API_KEY", "mk_secret")
     monkeypatch.setenv("MERGER_RAY_TOKEN", "ray_secret")
-    assert "secret" not in repr(Settings())
+    shown = repr(Settings())
+    assert not any(text in shown for text in ("mk_secret", "ray_secret"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("MAX_RUNNING", "0"), ("LEASE_SECONDS", "-1"), ("TASK_CPUS", "many")])
@@ -27,3 +29,25 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, v
     monkeypatch.setenv(f"MERGER_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings()
+
+
+def test_keys_of_secrets_are_separated_by_commas_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [Fernet.generate_key().decode() for _ in range(2)]
+    monkeypatch.setenv("MERGER_SECRET_KEYS", f"{keys[0]}, {keys[1]},")
+    settings = Settings()
+    assert [key.get_secret_value() for key in settings.secret_keys] == keys
+    assert not any(key in repr(settings) for key in keys)
+    monkeypatch.setenv("MERGER_SECRET_KEYS", "")
+    assert Settings().secret_keys == ()
+
+
+@pytest.mark.parametrize("bad", ["short", "ünicode", "x" * 44, "A" * 40])
+def test_a_bad_key_is_refused_with_its_place_and_a_remedy_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    good = Fernet.generate_key().decode()
+    monkeypatch.setenv("MERGER_SECRET_KEYS", f"{good},{bad}")
+    with pytest.raises(ValidationError, match="key 2 of 2 is no Fernet key; this makes one: python -c") as raised:
+        Settings()
+    assert good not in str(raised.value)
+    assert bad not in str(raised.value)

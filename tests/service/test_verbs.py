@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from api import serve
 from merger.cli.terminal import Silent
+from merger.errors import RequestError
 from merger.recipe import make_document
 from merger.run import Options, run
 from tests.service.processes import KEY, Service, free_port, recipe, write_run
@@ -29,12 +31,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         service.stop()
 
 
-def merger(service: Service, *arguments: str, key: str = KEY, server: str = "") -> subprocess.CompletedProcess[str]:
+def merger(
+    service: Service, *arguments: str, key: str = KEY, server: str = "", said: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; `said` goes to its standard input."""
     environment = {**os.environ, "MERGER_SERVER": server or service.url, "MERGER_API_KEY": key}
     command = [sys.executable, "-m", "merger", *arguments]
-    return subprocess.run(
-        command, cwd=service.folder, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+    common = {"cwd": service.folder, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run(command, input=said, check=False, **common)
 
 
 def test_a_job_gives_the_bytes_of_merger_run(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +134,61 @@ def test_a_source_that_vanishes_fails_the_job_with_its_name(service: Service) ->
     assert not (service.folder / "gone").exists()
     assert merger(service, "retry", job).stdout.strip() == "queued"
     service.ended(job)
+
+
+def test_a_job_uses_a_secret_by_its_name_and_leaves_no_trace_of_it(service: Service) -> None:
+    token = "hf_AbC0123456789xyz"
+    assert merger(service, "secret", "list").stdout == "no secrets\n"
+    assert merger(service, "secret", "set", "team-hub", said=f"{token}\n").stdout == "stored\n"
+    assert "earlier value" in merger(service, "secret", "set", "team-hub", said=token).stdout
+    assert merger(service, "secret", "list").stdout.startswith("team-hub ")
+    [listed] = json.loads(merger(service, "secret", "list", "--json").stdout)
+    assert listed["name"] == "team-hub"
+    done = merger(service, "submit", "recipe.yaml", "-o", "with-token", "--hub-token-secret", "team-hub", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [job] = [found for found in service.http.get("/v1/jobs").json()["jobs"] if found["output"].endswith("with-token")]
+    assert job["secrets"] == {"hub_token": "team-hub"}
+    assert "hub token   team-hub" in merger(service, "job", job["id"]).stdout
+    key = service.folder / "data" / "secret.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    ray = Path(json.loads((service.folder / "data" / "ray.json").read_text())["folder"])
+    left = [path for folder in (service.folder, ray) for path in folder.rglob("*") if path.is_file()]
+    assert {"jobs.db", "serve.log", f"job-driver-{job['id']}-1.log", "merger.json"} <= {path.name for path in left}
+    assert [path for path in left if token.encode() in path.read_bytes()] == []
+    assert merger(service, "secret", "rm", "team-hub").stdout == "removed\n"
+
+
+def test_what_is_wrong_with_a_secret_is_said_clearly(service: Service) -> None:
+    empty = merger(service, "secret", "set", "x", said="\n")
+    assert (empty.returncode, "the value is empty" in empty.stderr) == (2, True)
+    bad = merger(service, "secret", "set", "No Name", said="hf_x")
+    assert (bad.returncode, "name: String should match" in bad.stderr, "hf_x" in bad.stderr) == (2, True, False)
+    missing = merger(service, "secret", "rm", "nothing")
+    assert (missing.returncode, "there is no secret nothing" in missing.stderr) == (2, True)
+    unknown = merger(service, "submit", "recipe.yaml", "--hub-token-secret", "nothing")
+    assert (unknown.returncode, "the secret 'nothing' is not there" in unknown.stderr) == (2, True)
+    assert "merger secret set nothing" in unknown.stderr
+
+
+def test_the_key_of_secrets_is_made_once_and_a_wrong_one_is_said_clearly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MERGER_DATABASE_URL", "MERGER_SECRET_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    [made] = serve._settings(tmp_path, "http://here").secret_keys
+    assert serve._settings(tmp_path, "http://here").secret_keys == (made,)
+    (tmp_path / "secret.key").write_text("not a key")
+    with pytest.raises(RequestError, match=r"secret\.key: is no Fernet key"):
+        serve._settings(tmp_path, "http://here")
+    monkeypatch.setenv("MERGER_SECRET_KEYS", made.get_secret_value())
+    assert serve._settings(tmp_path, "http://here").secret_keys == (made,), "the file is not looked at"
+    monkeypatch.setenv("MERGER_SECRET_KEYS", "wrong-one")
+    with pytest.raises(RequestError, match=r"MERGER_SECRET_KEYS: .*key 1 of 1 is no Fernet key") as raised:
+        serve._settings(tmp_path, "http://here")
+    assert "wrong-one" not in str(raised.value)
+    monkeypatch.delenv("MERGER_SECRET_KEYS")
+    monkeypatch.setenv("MERGER_DATABASE_URL", "sqlite:///elsewhere.db")
+    assert serve._settings(tmp_path, "http://here").secret_keys == (), "one that others use too"
 
 
 def test_a_second_server_on_the_same_data_is_refused(service: Service) -> None:

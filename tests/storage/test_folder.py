@@ -6,7 +6,7 @@ import pytest
 
 from merger.errors import FormatError, PickledWeights, SourceError
 from merger.storage import folder as reader
-from merger.storage.folder import open_folder, read_config, read_json
+from merger.storage.folder import open_folder, read_json
 from merger.storage.safetensors import read_header
 from tests.checkpoints import read_raw, write_index, write_model, write_safetensors
 
@@ -37,7 +37,7 @@ def refused(path, kind=FormatError, *, where, says):
 
 def test_a_model_in_one_file(folder):
     model = open_folder(write_model(folder, TENSORS, {"model_type": "llama"}))
-    assert model.path == folder
+    assert model.label == str(folder)
     assert model.config == {"model_type": "llama"}
     assert names_of(model) == {"model.safetensors": set(TENSORS)}
     assert model.files[0].header == read_header(folder / "model.safetensors")
@@ -256,7 +256,6 @@ def test_json_that_cannot_be_read(tmp_path):
 
 def test_a_model_without_config(folder):
     assert open_folder(write_model(folder, TENSORS)).config is None
-    assert read_config(folder) is None
 
 
 # ---- what lies beside ---------------------------------------------------------------------------------

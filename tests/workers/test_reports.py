@@ -8,7 +8,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from workers.reports import Api, Progress, Reporter, Superseded, Word
+from merger.secret import Token
+from workers.reports import Api, Progress, Reporter, Superseded, Word, order_of
 
 Answer = httpx2.Response | Exception
 
@@ -134,3 +135,36 @@ def test_orders_are_heard(
     else:
         with pytest.raises(Superseded):
             mine.finish("canceled", {})
+
+
+# ---- the token ----------------------------------------------------------------------------------------
+
+TOKEN = "hf_AbC0123456789xyz"
+
+
+def test_an_order_goes_over_the_wire_and_back() -> None:
+    content = {**ORDER, "hub_token": TOKEN}
+    order = order_of(content)
+    assert order.hub_token == Token(TOKEN)
+    assert order_of(json.loads(json.dumps(order.content()))) == order
+    assert TOKEN not in repr(order)
+    assert order_of(ORDER).hub_token is None
+    assert order_of(order_of(ORDER).content()).hub_token is None
+
+
+def test_nothing_that_is_told_holds_the_token(words: queue.SimpleQueue[Word]) -> None:
+    scripted = ScriptedApi(go_on())
+    mine = Reporter(scripted.api(), 0.001, words.put, Token(TOKEN))
+    mine.start()
+    mine.event("chosen", title=TOKEN, taken=[f"a {TOKEN}", 3, None], nested={"where": (TOKEN,)})
+    mine.line(f"before {TOKEN} after")
+    mine.line("x" * 4995 + TOKEN)  # cut off in the middle of it
+    error = {"kind": "JobError", "message": TOKEN, "where": f"/{TOKEN}", "remedy": TOKEN}
+    mine.finish("failed", {"error": error, "again": True})
+    sent = json.dumps(scripted.asked)
+    assert TOKEN[:5] not in sent
+    assert {"error": {"kind": "JobError", "message": "***", "where": "/***", "remedy": "***"}, "again": True} in [
+        content for _, content in scripted.asked
+    ]
+    [event] = [e for what, content in scripted.asked if what == "report" for e in content["events"]]
+    assert event["data"] == {"title": "***", "taken": ["a ***", 3, None], "nested": {"where": ["***"]}}

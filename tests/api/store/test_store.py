@@ -18,7 +18,7 @@ from api.store.connections import open_engine
 from api.store.memory import MemoryStore
 from api.store.migrate import migrate
 from api.store.sql import SqlStore
-from api.store.store import KeyReused, NotFound, Query, Request, Store
+from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store
 from workers.reports import Progress
 
 T = TypeVar("T")
@@ -77,6 +77,7 @@ def test_every_field_comes_back(store: Store) -> None:
     full = job(
         project="p",
         labels={"a": "b", "ü": "é"},
+        secrets={"hub_token": "team-hub"},
         priority=-3,
         needs=Needs(1.5, 2.0, 10**12),
         limits=Limits(7, 1.5, 2.5),
@@ -239,6 +240,21 @@ def test_keys(store: Store) -> None:
     store.check()
 
 
+def test_secrets_belong_to_a_project_and_keep_the_time_of_their_first_value(store: Store) -> None:
+    assert store.secret("p", "hub") is None
+    assert store.secrets("p") == []
+    for project, name in (("p", "hub-2"), ("p", "hub"), ("p", "hub1"), ("q", "hub")):
+        assert store.put_secret(project, name, f"cipher of {project}", 1.5)
+    assert not store.put_secret("p", "hub", "another", 2.5)
+    assert store.secret("p", "hub") == Secret("hub", "another", 1.5, 2.5)
+    assert store.secret("q", "hub") == Secret("hub", "cipher of q", 1.5, 1.5)
+    assert [secret.name for secret in store.secrets("p")] == ["hub", "hub-2", "hub1"]
+    assert store.remove_secret("p", "hub")
+    assert not store.remove_secret("p", "hub")
+    assert store.secret("p", "hub") is None
+    assert store.secret("q", "hub") is not None
+
+
 # ---- at the same moment -------------------------------------------------------------------------------
 
 
@@ -274,6 +290,11 @@ def test_a_request_sent_at_once_makes_one_job(store: Store) -> None:
     assert len({found.id for found, _ in answers}) == 1
     assert sum(new for _, new in answers) == 1
     assert len(store.page(Query("default"))) == 1
+
+
+def test_of_secrets_of_one_name_at_once_one_is_new(store: Store) -> None:
+    assert sum(at_once(8, lambda number: store.put_secret("p", "hub", str(number), 1.0))) == 1
+    assert len(store.secrets("p")) == 1
 
 
 def test_of_holders_at_once_one_gets_the_lease(store: Store) -> None:
