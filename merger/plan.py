@@ -134,10 +134,10 @@ _METADATA = {"format": "pt"}  # what transformers writes, and older versions of 
 
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iterable[Shard]) -> str:
-    """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to nor what is
-    measured of it is part of it.
+    """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to, what is measured
+    of it, nor whether licences were accepted is part of it.
     """
-    output = {key: value for key, value in recipe.get("output", {}).items() if key != "path"}
+    output = {key: value for key, value in recipe.get("output", {}).items() if key not in ("path", "accept_license")}
     moments = {leaf.file for tensor in checkpoint.optimizer.values() for leaf in tensor.leaves()}
     files = [file for part in checkpoint.parts for file in part.source.files]
     content = {

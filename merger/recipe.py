@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator
 
 from merger.baklava import Baklava
-from merger.checkpoint import Checkpoint, in_dtype
+from merger.checkpoint import Checkpoint, in_dtype, with_license_files
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError
 from merger.evaluation import TASKS, Evaluation, Measured
@@ -42,6 +42,10 @@ class Output(BaseModel):
         default=None,
         description="The model whose config, tokenizer and other side files to take; the first source's without.",
     )
+    accept_license: bool = Field(
+        default=False,
+        description="Whether you have read what the licences of the sources ask for, and may pass the result on.",
+    )
 
     @field_validator("shard_size")
     @classmethod
@@ -63,7 +67,8 @@ class Document(BaseModel):
         """The document as plain data, every default written out."""
         recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
         evaluate = {"evaluate": self.evaluate.model_dump(mode="json", exclude_none=True)} if self.evaluate else {}
-        output = {"output": self.output.model_dump(exclude_none=True)}
+        silent = set() if self.output.accept_license else {"accept_license"}
+        output = {"output": self.output.model_dump(exclude_none=True, exclude=silent)}
         return {"method": self.recipe.method, **recipe, **evaluate, **output}
 
 
@@ -245,7 +250,7 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
         checkpoint = _with_side_files(checkpoint, giver)
     if document.output.dtype:
         checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
-    return checkpoint
+    return with_license_files(checkpoint)
 
 
 def evaluations_of(document: Document) -> list[Measured]:

@@ -42,7 +42,7 @@ from merger.recipe import (
     settle,
     size_in_bytes,
 )
-from merger.report import NONE, Figures, manifest, model_card, page
+from merger.report import NONE, Figures, manifest, model_card, notices, page
 from merger.sources import LocalSources
 from merger.storage.folder import read_json
 from merger.verify import MANIFEST, Check, check_ranks, check_written
@@ -295,15 +295,22 @@ def complete(
     """Put the side files, the card, the report and the config beside the shards; `picture` is the report's first,
     where it was drawn already.
     """
+    main = picture or gallery.main_picture(plan)
     pictures = {
-        **(picture or gallery.main_picture(plan)),
+        **main,
         **gallery.lines(evidence.assessment),
         **gallery.distances(plan, output),
     }
     texts: dict[str, str | bytes] = {
-        "README.md": model_card(plan, evidence),
+        **notices(plan),
+        "README.md": model_card(plan, evidence, picture=_file_of(next(iter(main), ""))),
         "report.html": page(plan, checks, figures, pictures, evidence),
         **plan.checkpoint.texts,
-        **{f"{name.replace(' ', '-')}.png": png for name, png in pictures.items()},
+        **{_file_of(title): png for title, png in pictures.items()},
     }
     publish.complete(output, plan, texts, manifest(plan, receipts, evidence))
+
+
+def _file_of(title: str) -> str:
+    """The file of a picture."""
+    return f"{title.replace(' ', '-')}.png" if title else ""

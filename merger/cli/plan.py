@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from merger.budget import Allotment
-from merger.checkpoint import root_of
+from merger.checkpoint import parents_of, root_of
 from merger.cli.run import with_output
 from merger.cli.terminal import gigabytes, running_options
+from merger.licenses import Verdict, verdict
 from merger.methods.method import is_open
 from merger.plan import Plan
 from merger.preflight import check_disk, free_space
@@ -22,9 +23,11 @@ from merger.run import Options, output_of, plan_of
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field, as in --set k=8.")
 @running_options
-def command(recipe: Path, changes: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
+def command(
+    recipe: Path, changes: tuple[str, ...], output: str | None, accept_license: bool, as_json: bool, **options: Any
+) -> None:
     """Show what RECIPE would read, compute and write, or why it would be refused. No weight is read."""
-    document = read_document(recipe, with_output(changes, output))
+    document = read_document(recipe, with_output(changes, output, accept_license=accept_license))
     plan, allotment = plan_of(document, Options(**options))
     finished = _check_output(document, plan)
     data = _as_data(plan, allotment, finished, document)
@@ -63,6 +66,7 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
             for part in plan.checkpoint.parts
         ],
         "side_files": sorted(plan.checkpoint.side_files),
+        "license": _license_data(verdict(parents_of(plan.checkpoint)), document),
         "claim": origin.says if (origin := root_of(plan.checkpoint)) else None,
         "warnings": list(plan.checkpoint.warnings),
         "notes": list(plan.checkpoint.notes),
@@ -84,9 +88,28 @@ def _as_text(data: dict[str, Any]) -> str:
         *(_source_line(source) for source in data["sources"]),
     ]
     lines += [f"result      {data['claim']}"] if data["claim"] else []
+    lines += _license_lines(data["license"])
     lines += [f"warning     {warning}" for warning in data["warnings"]]
     lines += [f"note        {note}" for note in data["notes"]]
     return "\n".join(lines)
+
+
+def _license_data(judged: Verdict, document: Document) -> dict[str, Any]:
+    return {
+        "verdict": judged.kind,
+        "accepted": document.output.accept_license,
+        "fields": dict(judged.license),
+        "reasons": list(judged.reasons),
+        "obligations": list(judged.obligations),
+    }
+
+
+def _license_lines(license: dict[str, Any]) -> list[str]:
+    """The licence that the result would carry where it is passed on, and why."""
+    name = license["fields"].get("license_name") or license["fields"].get("license", "not known")
+    asked = "accepted" if license["accepted"] else "to be accepted with --accept-license where it is passed on"
+    says = {"carried": name, "ask": f"{name}, {asked}", "refuse": "not to be passed on"}[license["verdict"]]
+    return [f"license     {says}", *(f"            {reason}" for reason in license["reasons"])]
 
 
 def _source_line(source: dict[str, Any]) -> str:

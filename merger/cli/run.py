@@ -19,13 +19,15 @@ from merger.run import Options, Outcome, run
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field, as in --set k=8.")
 @running_options
-def command(recipe: Path, changes: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
+def command(
+    recipe: Path, changes: tuple[str, ...], output: str | None, accept_license: bool, as_json: bool, **options: Any
+) -> None:
     """Make the result of RECIPE.
 
     Paths in a recipe are relative to the folder in which the command runs. An interrupted run goes on after its last
     finished shard when it is started again; what is finished is never written twice.
     """
-    document = read_document(recipe, with_output(changes, output))
+    document = read_document(recipe, with_output(changes, output, accept_license=accept_license))
     run_document(document, Options(**options), as_json=as_json)
 
 
@@ -65,9 +67,10 @@ def run_recipe(recipe: Mapping[str, Any], form: Mapping[str, Any], options: Opti
     run_document(document, options, as_json=as_json)
 
 
-def with_output(changes: tuple[str, ...], output: str | None) -> list[str]:
+def with_output(changes: tuple[str, ...], output: str | None, *, accept_license: bool) -> list[str]:
     """The changes to a recipe that the options ask for."""
-    return [*changes, *([f"output.path={json.dumps(output)}"] if output else [])]
+    place = [f"output.path={json.dumps(output)}"] if output else []
+    return [*changes, *place, *(["output.accept_license=true"] if accept_license else [])]
 
 
 def run_document(document: Document, options: Options, *, as_json: bool) -> None:

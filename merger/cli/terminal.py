@@ -33,6 +33,11 @@ class Size(click.ParamType[int]):
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+accept_license = click.option(
+    "--accept-license",
+    is_flag=True,
+    help="The sources' licences were read: the result may be passed on.",
+)
 
 
 def running_options(command: F) -> F:
@@ -50,6 +55,7 @@ def running_options(command: F) -> F:
                 help="How surgery is proven by logits: on whole models, on some layers, or as memory allows.",
             ),
             click.option("--strict", is_flag=True, help="Refuse what would otherwise be a warning."),
+            accept_license,
             as_json,
         ]
     ):
