@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def validate(
     document = document_of(recipe)
     output = place_of(output_of(document), settings.working_folder)
     _admit_output(output, settings)
-    plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings), access_for(hub_token)))
+    plan, _ = plan_of(
+        document, Options(settings.task_memory), LocalSources(roots_of(settings), partial(access_for, hub_token))
+    )
     size = TaskSize(settings.task_cpus, settings.task_memory)
     requests = [request_for(plan, size)[0]]
     evaluations = evaluations_of(document)

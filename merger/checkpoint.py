@@ -33,6 +33,7 @@ class Source:
     repository: str = ""
     revision: str = ""
     gated: bool = field(default=False, compare=False)
+    has_code: bool = field(default=False, compare=False)  # that its config asks to be run
     card: Card = field(default=Card(), compare=False)
     license_files: Mapping[str, Path] = field(default_factory=dict, compare=False)
 
@@ -233,6 +234,7 @@ def checkpoint_of(
         repository,
         revision,
         gated,
+        "auto_map" in (model.config or {}),
         card=read_card(model.card_text),
         license_files=model.license_files,
     )

@@ -73,6 +73,12 @@ class Plan:
         return sum(shard.read_size for shard in self.shards)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether any of it is read from elsewhere."""
+        files = (file for part in self.checkpoint.parts for file in part.source.files)
+        return any(isinstance(file.path, Remote) for file in files)
+
+    @property
     def weights(self) -> tuple[Shard, ...]:
         """The shards of the model itself: all but the optimizer's."""
         return tuple(shard for shard in self.shards if shard.name != OPTIMIZER)
@@ -130,6 +136,8 @@ def _shard(name: str, group: Iterable[tuple[str, Expression]]) -> Shard:
     return Shard(name, header, tuple(entries), position)
 
 
+# What a recipe says of its output that changes no byte of the weights: where it goes, and what is allowed.
+ELSEWHERE = ("path", "push", "branch", "create_pr", "private", "drop_code", "accept_license")
 _METADATA = {"format": "pt"}  # what transformers writes, and older versions of it require
 
 
@@ -137,7 +145,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
     """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to, what is measured
     of it, nor whether licences were accepted is part of it.
     """
-    output = {key: value for key, value in recipe.get("output", {}).items() if key not in ("path", "accept_license")}
+    output = {key: value for key, value in recipe.get("output", {}).items() if key not in ELSEWHERE}
     moments = {leaf.file for tensor in checkpoint.optimizer.values() for leaf in tensor.leaves()}
     files = [file for part in checkpoint.parts for file in part.source.files]
     content = {

@@ -4,7 +4,8 @@ Reads headers only.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -41,22 +42,20 @@ class Roots:
 
 
 class LocalSources(Sources):
-    """Models in local folders below `roots`, models on the Hub that `access` reaches (the environment's without), and
-    recipes within the recipe.
+    """Models in local folders below `roots`, models on the Hub, and recipes within the recipe. `access` says which Hub,
+    with which token, when it is first needed.
     """
 
-    def __init__(self, roots: Roots | None = None, access: Access | None = None) -> None:
+    def __init__(self, roots: Roots | None = None, access: Callable[[], Access] = own_access) -> None:
         self._roots = roots or Roots()
-        self._access = access
+        self.hub = cache(access)
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
         if not isinstance(checkpoints, str):
             members = tuple(self._member(source) for source in checkpoints)
         elif has_magic(checkpoints) and self._is_remote(checkpoints):
-            members = tuple(
-                Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self._hub())
-            )
+            members = tuple(Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self.hub()))
         elif has_magic(checkpoints):
             self._roots.admit(_fixed_part(checkpoints), checkpoints)
             members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
@@ -92,13 +91,9 @@ class LocalSources(Sources):
         path = Path(source).expanduser()
         return not (self._roots.holds(path) and path.exists())
 
-    def _hub(self) -> Access:
-        self._access = self._access or own_access()
-        return self._access
-
     def _open(self, reference: str) -> Checkpoint:
         if self._is_remote(reference):
-            return open_on_hub(reference, self._hub())
+            return open_on_hub(reference, self.hub())
         folder = Path(reference).expanduser()
         self._roots.admit(folder, reference)
         for path in folder.iterdir() if folder.is_dir() else ():

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -120,7 +121,7 @@ class Attempt:
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
         self._roots = self._all_roots(document)
-        sources = LocalSources(Roots(self._roots), access_for(self._hub_token))
+        sources = LocalSources(Roots(self._roots), partial(access_for, self._hub_token))
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
         request, allotment = request_for(plan, size)

@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from merger.receipt import Receipt
 from merger.recipe import size_in_bytes
 from merger.run import Progress
+from merger.secret import Token
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,11 +41,16 @@ accept_license = click.option(
 )
 
 
+token = click.option("--token", type=Token, help="The token for the Hub; without, HF_TOKEN or that of `hf auth login`.")
+
+
 def running_options(command: F) -> F:
     """The options of every verb that makes or plans a result."""
     for option in reversed(
         [
-            click.option("-o", "--output", metavar="FOLDER", help="The folder to make; overrides the recipe."),
+            click.option(
+                "-o", "--output", metavar="PLACE", help="The folder to make, or hf://me/name; overrides the recipe."
+            ),
             click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Memory for buffers."),
             click.option("--threads", type=click.IntRange(1, 256), help="Threads; twice the processors without."),
             click.option(
@@ -54,6 +60,14 @@ def running_options(command: F) -> F:
                 show_default=True,
                 help="How surgery is proven by logits: on whole models, on some layers, or as memory allows.",
             ),
+            click.option(
+                "--cache",
+                type=click.Choice(["auto", "full"]),
+                default="auto",
+                show_default=True,
+                help="Which remote files to download whole: those that are read more than once, or all.",
+            ),
+            token,
             click.option("--strict", is_flag=True, help="Refuse what would otherwise be a warning."),
             accept_license,
             as_json,
