@@ -10,7 +10,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
-from merger.errors import SourceError
+from merger.errors import ReadFailed, SourceError
 from merger.methods.method import Member, Method, Sources
 from merger.remote_models import hub_matches, hub_step, open_on_hub
 from merger.storage.hub import Access, own_access
@@ -93,12 +93,22 @@ class LocalSources(Sources):
 
     def _open(self, reference: str) -> Checkpoint:
         if self._is_remote(reference):
-            return open_on_hub(reference, self.hub())
+            return self._open_on_hub(reference)
         folder = Path(reference).expanduser()
         self._roots.admit(folder, reference)
         for path in folder.iterdir() if folder.is_dir() else ():
             self._roots.admit(path, str(path))  # a link out of the root
         return open_checkpoint(folder, reference)
+
+    def _open_on_hub(self, reference: str) -> Checkpoint:
+        try:
+            return open_on_hub(reference, self.hub())
+        except (SourceError, ReadFailed) as error:
+            if reference.startswith(SCHEME) or type(error) not in (SourceError, ReadFailed):
+                raise
+            remedy = "Check the path, which is relative to where the command runs, or the name on the Hub."
+            message = f"is not a folder here; of the Hub's models: {error.message}"
+            raise SourceError(message, where=reference, remedy=remedy) from error
 
 
 def _matches(pattern: str) -> list[str]:

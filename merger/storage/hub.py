@@ -121,7 +121,9 @@ def explained(where: str) -> Iterator[None]:
             message = answer.headers.get("x-error-message") or "the token may not do that"
             raise SourceError(f"HTTP {answer.status_code}: {message}", where=where) from error
         raise ReadFailed(f"HTTP {answer.status_code}: {error}", where=where) from error
-    except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (httpx2.ConnectError, errors.OfflineModeIsEnabled) as error:
+        raise Again(f"the Hub cannot be reached ({error})", tries=2) from error
+    except (httpx2.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise Again(f"{type(error).__name__}: {error}") from error
 
 
