@@ -1,8 +1,10 @@
 """From what a client sends to a job that can run: the recipe, its paths, its plan. Reads headers, no weights."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from merger.evaluation import Harness
 from merger.methods.method import all_of, is_open
 from merger.preflight import check_disk
 from merger.publish import check_free, is_complete
+from merger.push import check_license, destination_of
 from merger.recipe import Document, evaluations_of, make_document, parse_document
 from merger.run import Options, output_of, plan_of
 from merger.secret import Token
@@ -46,9 +49,14 @@ def validate(
 ) -> Validated:
     """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
-    output = place_of(output_of(document), settings.working_folder)
+    output = _output_of(document, settings)
     _admit_output(output, settings)
-    plan, _ = plan_of(document, Options(settings.task_memory), LocalSources(roots_of(settings), access_for(hub_token)))
+    sources = LocalSources(roots_of(settings), partial(access_for, hub_token))
+    destination = destination_of(document.output, sources.hub)
+    plan, _ = plan_of(document, Options(settings.task_memory), sources)
+    if destination:
+        check_license(document, plan)
+        destination.check(plan)
     size = TaskSize(settings.task_cpus, settings.task_memory)
     requests = [request_for(plan, size)[0]]
     evaluations = evaluations_of(document)
@@ -80,6 +88,14 @@ def validate(
     }
     needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
+
+
+def _output_of(document: Document, settings: Settings) -> Path:
+    """The folder of the result; of one that is only pushed, a name in the first folder that may be written to."""
+    if document.output.path is None and document.output.push:
+        root = settings.output_roots[0] if settings.output_roots else settings.working_folder
+        return root.absolute() / f".pushed-{re.sub('[^A-Za-z0-9]+', '-', document.output.push)}"
+    return place_of(output_of(document), settings.working_folder)
 
 
 def roots_of(settings: Settings) -> Roots:

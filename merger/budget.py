@@ -10,7 +10,7 @@ from merger.ahead import WINDOWS
 from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
 from merger.host import processors
-from merger.plan import Plan, remote_files
+from merger.plan import Plan
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
@@ -45,7 +45,7 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
     )
     least = widest.memory(SMALLEST_PIECE)
     wanted = threads or 2 * processors()
-    ahead = min(memory // 2, MOST_AHEAD) if remote_files(plan.shards) else 0
+    ahead = min(memory // 2, MOST_AHEAD) if plan.is_remote else 0
     for count in range(wanted, 0, -1):
         share = (memory - ahead) // count
         block = _block(share, least)

@@ -13,19 +13,29 @@ from typing import Any, Literal
 
 from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
 from merger.dtypes import DTYPES, TORCH_NAMES
+from merger.errors import SourceError
 from merger.expression import Expression, File, Identical, Stored, cast
-from merger.storage.folder import ADAPTER, ModelFolder, open_folder
+from merger.lineage import Card, Parent, read_card, texts_of
+from merger.storage.folder import ADAPTER, MAX_TEXT, ModelFolder, is_legal, open_folder
 from merger.storage.place import WeightFile
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stored model that takes part: what the recipe called it, where it is, and the files that are read."""
+    """A stored model that takes part: what the recipe called it, where it is, and the files that are read. One from the
+    Hub has its `repository` (`org/name`) and the commit that was read (`revision`).
+    """
 
     reference: str
     step: int | None
     files: tuple[File, ...]
     optimizer: Mapping[str, Expression] = field(default_factory=dict, compare=False)  # from optimizer.safetensors
+    repository: str = ""
+    revision: str = ""
+    gated: bool = field(default=False, compare=False)
+    has_code: bool = field(default=False, compare=False)  # that its config asks to be run
+    card: Card = field(default=Card(), compare=False)
+    license_files: Mapping[str, Path] = field(default_factory=dict, compare=False)
 
     @property
     def is_adapter(self) -> bool:
@@ -127,6 +137,34 @@ class Checkpoint:
         return replace(self, config=config, side_files=giver.side_files)
 
 
+def parents_of(checkpoint: Checkpoint) -> tuple[Parent, ...]:
+    """The stored models that a checkpoint is made of, each once, with the sum of its weights."""
+    weights: dict[Source, float] = {}
+    for part in checkpoint.parts:
+        weights[part.source] = weights.get(part.source, 0.0) + part.weight
+    return tuple(
+        Parent(source.reference, source.repository or None, source.revision or None, source.gated, source.card, weight)
+        for source, weight in weights.items()
+    )
+
+
+def with_license_files(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with the licences of all of its sources among its side files. Raises SourceError."""
+    given = {name: path for name, path in checkpoint.side_files.items() if is_legal(name)}
+    sources = dict.fromkeys(part.source for part in checkpoint.parts)
+    texts = [(source.repository or Path(source.reference).name, source.license_files) for source in sources]
+    found = texts_of(given, texts, _read_text)
+    return replace(checkpoint, side_files={**checkpoint.side_files, **found}) if found else checkpoint
+
+
+def _read_text(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_TEXT)
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
 def root_of(checkpoint: Checkpoint) -> Origin | None:
     """The model that a chain of surgeries began with, with the weakest of their claims."""
     origin = checkpoint.origin
@@ -171,8 +209,16 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
     return checkpoint_of(open_folder(folder), reference or str(folder), step_of(folder))
 
 
-def checkpoint_of(model: ModelFolder, reference: str, step: int | None) -> Checkpoint:
-    """The checkpoint that a model's headers describe."""
+def checkpoint_of(
+    model: ModelFolder,
+    reference: str,
+    step: int | None,
+    *,
+    repository: str = "",
+    revision: str = "",
+    gated: bool = False,
+) -> Checkpoint:
+    """The checkpoint that a model's headers describe; one on the Hub has a repository and the commit that was read."""
     tensors: dict[str, Expression] = {}
     files = []
     for weights in model.files:
@@ -180,7 +226,18 @@ def checkpoint_of(model: ModelFolder, reference: str, step: int | None) -> Check
         files.append(file)
         tensors |= stored
     optimizer = _stored(model.optimizer)[1] if model.optimizer else {}
-    source = Source(reference, step, tuple(files), optimizer)
+    source = Source(
+        reference,
+        step,
+        tuple(files),
+        optimizer,
+        repository,
+        revision,
+        gated,
+        "auto_map" in (model.config or {}),
+        card=read_card(model.card_text),
+        license_files=model.license_files,
+    )
     return Checkpoint(tensors, model.config, model.side_files, (Part(source, 1.0),), _notes(model), label=reference)
 
 

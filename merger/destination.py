@@ -61,6 +61,11 @@ class Destination(ABC):
         """
 
 
+def note_of(folder: Path, name: str) -> Path:
+    """Where it is noted that a shard of `folder` has landed."""
+    return folder / FOLDER / f"{name}.landed"
+
+
 def landed_in(folder: Path, destination: Destination) -> dict[str, Landed]:
     """What earlier uploads of the shards of `folder` have left, by the shard's name."""
     found = {}
@@ -80,5 +85,5 @@ def uploaded(folder: Path, name: str, destination: Destination) -> Landed:
     if known and known.size == (folder / name).stat().st_size:
         return known
     landed = destination.upload(folder / name)
-    write_atomically(folder / FOLDER / f"{name}.landed", json.dumps(asdict(landed)).encode())
+    write_atomically(note_of(folder, name), json.dumps(asdict(landed)).encode())
     return landed

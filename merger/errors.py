@@ -12,6 +12,7 @@ MergerError
 |   |-- OutputOccupied      the output folder holds something else
 |   |-- NotEnoughDisk       the result would not fit on the disk
 |   |-- NotEnoughMemory     the work does not fit into the memory that was allowed
+|   |-- LicenseRefused      the licences of the sources forbid it, or nobody has accepted them
 |   `-- NonFiniteInput      a source holds NaN or infinity and --strict was asked
 |-- JobError                the work was begun and failed                               exit 1, HTTP 500
 |   |-- ReadFailed          a source could not be read to its end
@@ -103,6 +104,10 @@ class NotEnoughDisk(RequestError):
 
 class NotEnoughMemory(RequestError):
     """The work does not fit into the memory that was allowed."""
+
+
+class LicenseRefused(RequestError):
+    """The licences of the sources forbid to pass the result on, or nobody has accepted what they ask for."""
 
 
 class NonFiniteInput(RequestError):

@@ -153,7 +153,7 @@ class HubDestination(Destination):
         others = [name for name in sorted(place.names) if not any(fnmatchcase(name, h) for h in _HARMLESS)]
         if place.has(MANIFEST) and _fingerprint(place) == plan.fingerprint:
             return f"{self.access.endpoint}/{self.repository}/commit/{head}"
-        if others:
+        if others and not self._is_fresh_branch(head):
             raise OutputOccupied(
                 f"holds something else: {', '.join(others[:4])}; {self._last_commit()}",
                 where=self.name,
@@ -161,6 +161,10 @@ class HubDestination(Destination):
                 "(`output.branch`), or open a pull request (`output.create_pr: true`).",
             )
         return None
+
+    def _is_fresh_branch(self, head: str) -> bool:
+        """Whether the branch has nothing of its own yet: then its commit may replace what main holds."""
+        return self.branch != _MAIN and head == self._head(_MAIN)
 
     def _folder(self, commit: str) -> HubFolder:
         return HubFolder(Repository(self.repository, commit, False, self.access), "", self.name)
@@ -188,8 +192,8 @@ class HubDestination(Destination):
         return f"{self.access.endpoint}/{self.repository}/discussions/{found[0].num}" if found else None
 
     def _deletions(self, head: str | None, names: set[str]) -> list[Any]:
-        """Weights of what a pull request replaces, which would stay beside the new ones."""
-        if not self.create_pr or head is None:
+        """Weights of the model that a pull request or a branch replaces, which would stay beside the new ones."""
+        if head is None or (self.branch == _MAIN and not self.create_pr):
             return []
         stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _WEIGHTS)]
         return [library().CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]

@@ -73,6 +73,12 @@ class Plan:
         return sum(shard.read_size for shard in self.shards)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether any of it is read from elsewhere."""
+        files = (file for part in self.checkpoint.parts for file in part.source.files)
+        return any(isinstance(file.path, Remote) for file in files)
+
+    @property
     def weights(self) -> tuple[Shard, ...]:
         """The shards of the model itself: all but the optimizer's."""
         return tuple(shard for shard in self.shards if shard.name != OPTIMIZER)
@@ -130,14 +136,16 @@ def _shard(name: str, group: Iterable[tuple[str, Expression]]) -> Shard:
     return Shard(name, header, tuple(entries), position)
 
 
+# What a recipe says of its output that changes no byte of the weights: where it goes, and what is allowed.
+ELSEWHERE = ("path", "push", "branch", "create_pr", "private", "drop_code", "accept_license")
 _METADATA = {"format": "pt"}  # what transformers writes, and older versions of it require
 
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iterable[Shard]) -> str:
-    """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to nor what is
-    measured of it is part of it.
+    """sha256 over what the result follows from, in canonical JSON; neither the folder that it goes to, what is measured
+    of it, nor whether licences were accepted is part of it.
     """
-    output = {key: value for key, value in recipe.get("output", {}).items() if key != "path"}
+    output = {key: value for key, value in recipe.get("output", {}).items() if key not in ELSEWHERE}
     moments = {leaf.file for tensor in checkpoint.optimizer.values() for leaf in tensor.leaves()}
     files = [file for part in checkpoint.parts for file in part.source.files]
     content = {
@@ -170,6 +178,17 @@ def read_again(shards: Iterable[Shard]) -> set[File]:
             for part in chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors):
                 wanted[part.file] += part.stop - part.start
     return {file for file, size in wanted.items() if size > 1.2 * file.size}
+
+
+def fetch_size(plan: Plan) -> int:
+    """Bytes that come from elsewhere: what is read of files there, and all of those that are read more than once."""
+    if not plan.is_remote:
+        return 0
+    again = read_again(plan.shards)
+    whole = sum(file.size for file in again if isinstance(file.path, Remote))
+    tensors = (entry.expression for shard in plan.shards for entry in shard.entries)
+    parts = chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors)
+    return whole + sum(p.stop - p.start for p in parts if isinstance(p.file.path, Remote) and p.file not in again)
 
 
 def remote_files(shards: Iterable[Shard]) -> set[str]:

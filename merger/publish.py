@@ -88,7 +88,7 @@ def finished_shards(output: Path, plan: Plan) -> list[Receipt]:
 
 
 def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifest: Mapping[str, Any]) -> None:
-    """Put everything but the shards into the folder, its config last, and clear the traces of the work."""
+    """Put everything but the shards into the folder, its config last; the traces of the work stay."""
     checkpoint = plan.checkpoint
     for name, source in checkpoint.side_files.items():
         write_atomically(output / name, source.read_bytes())
@@ -99,6 +99,10 @@ def complete(output: Path, plan: Plan, texts: Mapping[str, str | bytes], manifes
     _write_json(output / MANIFEST, manifest)
     if checkpoint.config is not None:
         _write_json(output / (ADAPTER_CONFIG if checkpoint.is_adapter else CONFIG), checkpoint.config)
+
+
+def finish(output: Path) -> None:
+    """Clear the traces of the work: nothing is left to be done for this result."""
     shutil.rmtree(output / FOLDER)
     sync_folder(output)
 

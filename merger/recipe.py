@@ -8,6 +8,7 @@ A document is a recipe with `output`. Paths are relative to the folder in which 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +16,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator
 
 from merger.baklava import Baklava
-from merger.checkpoint import Checkpoint, in_dtype
+from merger.checkpoint import Checkpoint, in_dtype, with_license_files
 from merger.dtypes import FROM_TORCH
-from merger.errors import IncompatibleSources, RecipeError, SourceError
+from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import TASKS, Evaluation, Measured
 from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.plan import ELSEWHERE
 from merger.recycling import Recycling
 from merger.sources import LocalSources
 from merger.tokenizer import difference
@@ -41,6 +43,20 @@ class Output(BaseModel):
     side_files_from: str | None = Field(
         default=None,
         description="The model whose config, tokenizer and other side files to take; the first source's without.",
+    )
+    push: str | None = Field(
+        default=None, description="Where to publish the result, in one step: hf://me/name on the Hub, which is made."
+    )
+    branch: str | None = Field(default=None, description="The branch to push to, which is made; main without.")
+    create_pr: bool = Field(default=False, description="Whether to open a pull request instead of committing.")
+    private: bool = Field(default=True, description="Whether a repository that is made is private.")
+    drop_code: bool = Field(
+        default=False,
+        description="Whether models on the Hub may be used that bring code of their own, which is never run or kept.",
+    )
+    accept_license: bool = Field(
+        default=False,
+        description="Whether you have read what the licences of the sources ask for, and may pass the result on.",
     )
 
     @field_validator("shard_size")
@@ -63,7 +79,8 @@ class Document(BaseModel):
         """The document as plain data, every default written out."""
         recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
         evaluate = {"evaluate": self.evaluate.model_dump(mode="json", exclude_none=True)} if self.evaluate else {}
-        output = {"output": self.output.model_dump(exclude_none=True)}
+        silent = {name for name in ELSEWHERE if getattr(self.output, name) == Output.model_fields[name].default}
+        output = {"output": self.output.model_dump(exclude_none=True, exclude=silent)}
         return {"method": self.recipe.method, **recipe, **evaluate, **output}
 
 
@@ -243,9 +260,27 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
     if document.output.side_files_from:
         giver = sources.open(Member(document.output.side_files_from, None))
         checkpoint = _with_side_files(checkpoint, giver)
+    _check_code(document, checkpoint)
+    if document.output.drop_code and checkpoint.config:
+        config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+        checkpoint = replace(checkpoint, config=config)
     if document.output.dtype:
         checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
-    return checkpoint
+    return with_license_files(checkpoint)
+
+
+def _check_code(document: Document, checkpoint: Checkpoint) -> None:
+    """See that nobody takes a stranger's model for one that works without the stranger's code.
+
+    Raises UnsupportedModel.
+    """
+    for part in checkpoint.parts:
+        if part.source.has_code and part.source.repository and not document.output.drop_code:
+            raise UnsupportedModel(
+                "brings code of its own (auto_map), which merger neither runs nor passes on",
+                where=part.source.reference,
+                remedy="Where transformers knows the architecture without it, say `output.drop_code: true`.",
+            )
 
 
 def evaluations_of(document: Document) -> list[Measured]:

@@ -1,12 +1,13 @@
 """Checkpoints that lie on the Hub: opened, and found by patterns. Reads trees, configs and headers."""
 
 import re
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 
 from merger.checkpoint import Checkpoint, checkpoint_of
 from merger.errors import PickledWeights, SourceError
-from merger.storage.folder import PICKLES, ModelFolder, open_place
+from merger.storage.folder import PICKLES, ModelFolder, declared, open_place
 from merger.storage.hub import Access, HubFolder, branches, pinned
 from merger.storage.reference import Reference, reference_of
 
@@ -28,7 +29,22 @@ def open_on_hub(text: str, access: Access) -> Checkpoint:
         model = ModelFolder(text, (place.weights(name),), None, {}, ())
     else:
         model = open_place(HubFolder(repository, reference.folder, text))
-    return checkpoint_of(model, text, hub_step(reference))
+    if reference.folder:
+        model = _with_the_repositorys(model, HubFolder(repository, "", text))
+    return checkpoint_of(
+        model,
+        text,
+        hub_step(reference),
+        repository=repository.name,
+        revision=repository.commit,
+        gated=repository.gated,
+    )
+
+
+def _with_the_repositorys(model: ModelFolder, root: HubFolder) -> ModelFolder:
+    """A folder of a repository, with the repository's card and licence where it has none of its own."""
+    text, files = declared(root)
+    return replace(model, card_text=model.card_text or text, license_files=model.license_files or files)
 
 
 def hub_step(reference: Reference) -> int | None:

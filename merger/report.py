@@ -2,7 +2,8 @@
 
 import base64
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,8 +13,10 @@ import yaml
 
 import merger
 from merger.assessment import Evidence
-from merger.checkpoint import Part, root_of
+from merger.checkpoint import Part, parents_of, root_of
 from merger.dtypes import DTYPES
+from merger.licenses import verdict
+from merger.lineage import front_matter
 from merger.plan import Plan
 from merger.receipt import Receipt
 from merger.verify import Check
@@ -26,6 +29,30 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 
+
+def _code(text: object) -> str:
+    """A name as code in markdown, whatever it holds: inert, on one line."""
+    line = re.sub(r"\s", " ", str(text))
+    fence = _fence(line, 1)
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks that nothing in the text closes, `least` of them or more."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _cell(text: str) -> str:
+    """Markdown that may stand in a table."""
+    return text.replace("|", "\\|")
+
+
+def _plain(text: object) -> str:
+    """A sentence that may hold names: no HTML, on one line."""
+    return re.sub(r"\s", " ", str(text)).replace("<", "&lt;")
+
+
+_TEMPLATES.filters |= {"code": _code, "cell": _cell, "plain": _plain}
 
 NONE = Evidence()
 
@@ -68,31 +95,57 @@ def versions() -> dict[str, str]:
 
 
 def _source(part: Part) -> dict[str, Any]:
+    source = part.source
+    known = {"repository": source.repository, "revision": source.revision, "license": source.card.license}
     return {
-        "reference": part.source.reference,
-        "step": part.source.step,
+        "reference": source.reference,
+        **{key: value for key, value in known.items() if value},
+        "step": source.step,
         "weight": part.weight,
         "files": [
-            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256}
-            for file in part.source.files
+            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256} for file in source.files
         ],
     }
 
 
-def model_card(plan: Plan, evidence: Evidence = NONE) -> str:
-    """The README.md of the result: what it is made of and how to make it again."""
+def model_card(plan: Plan, evidence: Evidence = NONE, *, picture: str = "", extra_tags: Iterable[str] = ()) -> str:
+    """The README.md of the result: what it is made of, on which terms, and how to make it again. `picture` is the name
+    of a file beside it.
+    """
+    parents = parents_of(plan.checkpoint)
+    judged = verdict(parents)
+    front = front_matter(
+        parents,
+        library=_library(plan),
+        license=judged.license,
+        is_adapter=plan.checkpoint.is_adapter,
+        extra_tags=extra_tags,
+    )
+    recipe = recipe_text(plan.recipe)
     return _TEMPLATES.get_template("card.md").render(
+        front=_yaml(front),
         method=plan.recipe["method"],
         parts=plan.checkpoint.parts,
-        recipe=recipe_text(plan.recipe),
+        has_revisions=any(parent.revision for parent in parents),
+        verdict=judged,
+        picture=picture,
+        recipe=recipe,
+        fence=_fence(recipe, 3),
         notes=[*plan.checkpoint.warnings, *plan.checkpoint.notes],
         paragraphs=plan.checkpoint.paragraphs,
         evidence=evidence,
         claim=origin.says if (origin := root_of(plan.checkpoint)) else "",
         version=merger.__version__,
         fingerprint=plan.fingerprint,
-        library=_library(plan),
     )
+
+
+def notices(plan: Plan) -> dict[str, str]:
+    """The file NOTICE that the licences of the sources ask for, where no source brings one."""
+    lines = verdict(parents_of(plan.checkpoint)).notices
+    if not lines or any(name.startswith("NOTICE") for name in plan.checkpoint.side_files):
+        return {}
+    return {"NOTICE": "\n".join(lines) + "\n"}
 
 
 def _library(plan: Plan) -> str:
@@ -104,7 +157,11 @@ def _library(plan: Plan) -> str:
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """A recipe as YAML, in the order in which its fields are declared."""
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return _yaml(recipe)
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
 
 
 def page(

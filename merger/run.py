@@ -4,6 +4,7 @@ Knows the order of things; does none of them itself.
 """
 
 import gc
+import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from merger import gallery, kernels, publish
 from merger.assessment import Evidence, assess, require
 from merger.budget import DEFAULT_MEMORY, Allotment, allot
 from merger.checkpoint import Checkpoint
+from merger.destination import Destination
 from merger.engine import write_shards
 from merger.errors import (
     IncompatibleSources,
@@ -32,6 +34,7 @@ from merger.methods.method import Judge, Means, Sources, is_open
 from merger.parity import Mode, parity_check
 from merger.plan import Plan, Shard, make_plan
 from merger.preflight import check_buffers, check_disk, check_kin
+from merger.push import Cache, cached_files, check_license, destination_of, staging_of
 from merger.receipt import FOLDER, Receipt
 from merger.recipe import (
     Document,
@@ -42,22 +45,24 @@ from merger.recipe import (
     settle,
     size_in_bytes,
 )
-from merger.report import NONE, Figures, manifest, model_card, page
+from merger.report import NONE, Figures, manifest, model_card, notices, page
 from merger.sources import LocalSources
 from merger.storage.folder import read_json
+from merger.uploads import Uploads
 from merger.verify import MANIFEST, Check, check_ranks, check_written
 
 
 @dataclass(frozen=True)
 class Options:
     """How to run: bytes of memory for buffers, threads (None: twice the processors), whether warnings are refusals,
-    and how surgery is proven.
+    how surgery is proven, and which remote files are downloaded whole.
     """
 
     memory: int = DEFAULT_MEMORY
     threads: int | None = None
     strict: bool = False
     parity: Mode = "auto"
+    cache: Cache = "auto"
 
 
 class Progress(ABC):
@@ -84,15 +89,17 @@ class Progress(ABC):
 class Outcome:
     """What a run came to.
 
-    `resumed` counts the shards of earlier runs; `figures` is None where nothing was left to do.
+    `resumed` counts the shards of earlier runs; `figures` is None where nothing was left to do; `published` is the
+    address that the result was pushed to.
     """
 
-    output: Path
+    output: Path | None
     plan: Plan
     checks: Sequence[Check]
     figures: Figures | None
     resumed: int
     warnings: Sequence[str]
+    published: str | None = None
 
 
 def plan_of(document: Document, options: Options, sources: Sources | None = None) -> tuple[Plan, Allotment]:
@@ -146,10 +153,12 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
 
     Raises RequestError with nothing written, JobError with finished shards kept.
     """
-    output_of(document)  # refused first where there is none
+    if document.output.push is None:
+        output_of(document)  # refused first where there is none
     # While configs and headers are read. No daemon: ending the process while it compiles would crash it.
     threading.Thread(target=kernels.load).start()
     sources = LocalSources()
+    destination = destination_of(document.output, sources.hub)
     evaluations = evaluations_of(document)
     if evaluations or is_open(document.recipe):
         check_installed(evaluations)
@@ -157,7 +166,7 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
     with LocalJudge(sources, own_memory(), progress.phase) as judge:
         means = Means(sources, judge, trainer)
         settled, evidence = chosen(document, options, means)
-        return _run(settled, evidence, options, progress, means)
+        return _run(settled, evidence, options, progress, means, destination)
 
 
 def chosen(document: Document, options: Options, means: Means) -> tuple[Document, Evidence]:
@@ -172,20 +181,55 @@ def chosen(document: Document, options: Options, means: Means) -> tuple[Document
     return settled, Evidence(document.dump(), choices)
 
 
-def _run(document: Document, evidence: Evidence, options: Options, progress: Progress, means: Means) -> Outcome:
-    output = output_of(document)
+def _run(
+    document: Document,
+    evidence: Evidence,
+    options: Options,
+    progress: Progress,
+    means: Means,
+    destination: Destination | None,
+) -> Outcome:
     plan, allotment = plan_of(document, options, means.sources)
+    if destination is None:
+        return _make(document, evidence, options, progress, means, plan, allotment, output_of(document))
+    check_license(document, plan)
+    address = destination.check(plan)
+    if address and document.output.path is None:
+        return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)
+    output = output_of(document) if document.output.path else staging_of(plan, destination)
+    destination.prepare()
+    with Uploads(output, destination, progress.phase) as uploads:
+        outcome = _make(document, evidence, options, progress, means, plan, allotment, output, uploads)
+    if document.output.path is None:
+        shutil.rmtree(output)
+        return replace(outcome, output=None)
+    return outcome
+
+
+def _make(
+    document: Document,
+    evidence: Evidence,
+    options: Options,
+    progress: Progress,
+    means: Means,
+    plan: Plan,
+    allotment: Allotment,
+    output: Path,
+    uploads: Uploads | None = None,
+) -> Outcome:
+    """Make the result in a folder, and publish it where there are `uploads`."""
     if publish.is_complete(output, plan):
         receipts = publish.published(output)
         checks = check_written(plan, output, receipts)
         checks += measured(document, plan, output, means.judge, evidence)[0]
-        return Outcome(output, plan, checks, None, len(receipts), warnings_of(plan, receipts))
+        address = uploads.finish(plan, receipts) if uploads else None
+        return Outcome(output, plan, checks, None, len(receipts), warnings_of(plan, receipts), address)
     publish.check_free(output, plan)
     check_disk(plan, output, sum(receipt.size for receipt in publish.finished_shards(output, plan)))
     with publish.taken(output, plan):
         earlier = publish.finished_shards(output, plan)
         try:
-            receipts, figures, picture = _write(plan, output, allotment, options, progress, earlier)
+            receipts, figures, picture = _write(plan, output, allotment, options, progress, earlier, uploads)
             if plan.checkpoint.origin and options.parity != "off":
                 progress.phase("comparing logits with the source's")
             checks = verified(plan, output, receipts, options.parity)
@@ -195,14 +239,28 @@ def _run(document: Document, evidence: Evidence, options: Options, progress: Pro
         found, evidence = measured(document, plan, output, means.judge, evidence)
         checks += found
         complete(plan, output, receipts, checks, figures, evidence, picture)
-    return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts))
+        address = uploads.finish(plan, receipts) if uploads else None
+        publish.finish(output)
+    return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts), address)
 
 
 def _write(
-    plan: Plan, output: Path, allotment: Allotment, options: Options, progress: Progress, earlier: Sequence[Receipt]
+    plan: Plan,
+    output: Path,
+    allotment: Allotment,
+    options: Options,
+    progress: Progress,
+    earlier: Sequence[Receipt],
+    uploads: Uploads | None,
 ) -> tuple[list[Receipt], Figures, Mapping[str, bytes]]:
     """Make the shards that are left; the report's first picture is drawn while the disk is at work."""
     left = left_of(plan, earlier)
+
+    def finished(receipt: Receipt) -> None:
+        progress.finished(receipt)
+        if uploads:
+            uploads.add(receipt)
+
     kernels.load()
     progress.begin(plan.size, plan.size - sum(shard.size for shard in left))
     with ThreadPoolExecutor(1) as aside:
@@ -214,8 +272,9 @@ def _write(
             allotment,
             plan.fingerprint,
             strict=options.strict,
+            cached=cached_files(plan, options.cache),
             on_bytes=progress.advance,
-            on_shard=progress.finished,
+            on_shard=finished,
         )
         seconds = time.perf_counter() - began
     read, written = sum(shard.read_size for shard in left), sum(shard.size for shard in left)
@@ -295,15 +354,22 @@ def complete(
     """Put the side files, the card, the report and the config beside the shards; `picture` is the report's first,
     where it was drawn already.
     """
+    main = picture or gallery.main_picture(plan)
     pictures = {
-        **(picture or gallery.main_picture(plan)),
+        **main,
         **gallery.lines(evidence.assessment),
         **gallery.distances(plan, output),
     }
     texts: dict[str, str | bytes] = {
-        "README.md": model_card(plan, evidence),
+        **notices(plan),
+        "README.md": model_card(plan, evidence, picture=_file_of(next(iter(main), ""))),
         "report.html": page(plan, checks, figures, pictures, evidence),
         **plan.checkpoint.texts,
-        **{f"{name.replace(' ', '-')}.png": png for name, png in pictures.items()},
+        **{_file_of(title): png for title, png in pictures.items()},
     }
     publish.complete(output, plan, texts, manifest(plan, receipts, evidence))
+
+
+def _file_of(title: str) -> str:
+    """The file of a picture."""
+    return f"{title.replace(' ', '-')}.png" if title else ""

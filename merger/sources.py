@@ -4,15 +4,17 @@ Reads headers only.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from glob import glob, has_magic
 from pathlib import Path
 
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
-from merger.errors import SourceError
+from merger.errors import ReadFailed, SourceError
 from merger.methods.method import Member, Method, Sources
+from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
-from merger.storage.hub import Access, own_access
+from merger.storage.hub import Access, access_for, own_access
 from merger.storage.reference import SCHEME, looks_remote, reference_of
 
 
@@ -41,22 +43,20 @@ class Roots:
 
 
 class LocalSources(Sources):
-    """Models in local folders below `roots`, models on the Hub that `access` reaches (the environment's without), and
-    recipes within the recipe.
+    """Models in local folders below `roots`, models on the Hub, and recipes within the recipe. `access` says which Hub,
+    with which token, when it is first needed.
     """
 
-    def __init__(self, roots: Roots | None = None, access: Access | None = None) -> None:
+    def __init__(self, roots: Roots | None = None, access: Callable[[], Access] = own_access) -> None:
         self._roots = roots or Roots()
-        self._access = access
+        self.hub = cache(access)
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
         if not isinstance(checkpoints, str):
             members = tuple(self._member(source) for source in checkpoints)
         elif has_magic(checkpoints) and self._is_remote(checkpoints):
-            members = tuple(
-                Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self._hub())
-            )
+            members = tuple(Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self.hub()))
         elif has_magic(checkpoints):
             self._roots.admit(_fixed_part(checkpoints), checkpoints)
             members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
@@ -92,18 +92,24 @@ class LocalSources(Sources):
         path = Path(source).expanduser()
         return not (self._roots.holds(path) and path.exists())
 
-    def _hub(self) -> Access:
-        self._access = self._access or own_access()
-        return self._access
-
     def _open(self, reference: str) -> Checkpoint:
         if self._is_remote(reference):
-            return open_on_hub(reference, self._hub())
+            return self._open_on_hub(reference)
         folder = Path(reference).expanduser()
         self._roots.admit(folder, reference)
         for path in folder.iterdir() if folder.is_dir() else ():
             self._roots.admit(path, str(path))  # a link out of the root
         return open_checkpoint(folder, reference)
+
+    def _open_on_hub(self, reference: str) -> Checkpoint:
+        try:
+            return open_on_hub(reference, self.hub())
+        except (SourceError, ReadFailed) as error:
+            if reference.startswith(SCHEME) or type(error) not in (SourceError, ReadFailed):
+                raise
+            remedy = "Check the path, which is relative to where the command runs, or the name on the Hub."
+            message = f"is not a folder here; of the Hub's models: {error.message}"
+            raise SourceError(message, where=reference, remedy=remedy) from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -134,3 +140,9 @@ def _fixed_part(pattern: str) -> Path:
     while has_magic(str(folder)):
         folder = folder.parent
     return folder
+
+
+def sources_within(reach: Reach) -> LocalSources:
+    """The models within reach."""
+    access = own_access if reach.own_token else partial(access_for, reach.token)
+    return LocalSources(Roots(map(Path, reach.roots)), access)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merger import publish
+from merger.destination import note_of
 from merger.errors import OutputOccupied, WriteFailed
 from merger.plan import Plan
 from merger.receipt import FOLDER, Receipt, read_receipt, write_receipt
@@ -61,6 +62,8 @@ class Staging:
             receipt = read_receipt(folder, name, plan.fingerprint)
             if receipt:
                 _link(folder / name, self.folder / name)
+                if note_of(folder, name).exists():
+                    _link(note_of(folder, name), note_of(self.folder, name))
                 sync_folder(self.folder)
                 write_receipt(self.folder, receipt)
                 return receipt

@@ -26,14 +26,18 @@ class Uploads:
         if receipt.file not in self._under_way:
             self._under_way[receipt.file] = self._pool.submit(uploaded, self._folder, receipt.file, self._destination)
 
-    def finish(self, plan: Plan, receipts: Sequence[Receipt]) -> str:
-        """Wait for all shards and publish the folder; returns the address. Raises WriteFailed and OutputOccupied."""
+    def land(self, receipts: Sequence[Receipt]) -> Mapping[str, Landed]:
+        """Wait until every shard has landed. Raises WriteFailed."""
         for receipt in receipts:
             self.add(receipt)
         left = sum(not done.done() for done in self._under_way.values())
         if left:
             self._say(f"uploading to {self._destination.name}: {left} of {len(receipts)} files are left")
-        landed: Mapping[str, Landed] = {name: done.result() for name, done in self._under_way.items()}
+        return {name: done.result() for name, done in self._under_way.items()}
+
+    def finish(self, plan: Plan, receipts: Sequence[Receipt]) -> str:
+        """Wait for all shards and publish the folder; returns the address. Raises WriteFailed and OutputOccupied."""
+        landed = self.land(receipts)
         self._say(f"publishing {self._destination.name}")
         return self._destination.publish(self._folder, plan, landed)
 

@@ -1,12 +1,17 @@
 """Fixtures that several test files share, and how patient hypothesis is."""
 
 import functools
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Nobody's Hub, for this process and for those that it starts: a test that wants one starts its own.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ.pop("HF_TOKEN", None)
 
 # A busy machine is no fault: no example has a deadline.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,9 +5,11 @@ import pytest
 from safetensors import safe_open
 
 from merger.architecture import ties_embeddings
-from merger.checkpoint import in_dtype, open_checkpoint, step_of
+from merger.checkpoint import in_dtype, open_checkpoint, parents_of, step_of, with_license_files
 from merger.errors import FormatError, PickledWeights, SourceError
 from merger.expression import Stored, WeightedSum, combine
+from merger.lineage import Card
+from merger.methods.combination import weighted_sum
 from tests.checkpoints import bfloat16, read_raw, write_model
 
 TENSORS = {
@@ -232,3 +234,54 @@ def test_ties_stay_where_the_config_of_the_language_model_is_nested(tmp_path, ow
     giver = write_model(tmp_path / "giver", TENSORS, {"text_config": {"tie_word_embeddings": not own}})
     changed = open_checkpoint(taker).with_side_files_of(open_checkpoint(giver))
     assert ties_embeddings(changed.config) == own
+
+
+# ---- lineage ------------------------------------------------------------------------------------------
+
+
+def test_a_source_knows_what_its_card_declares(tmp_path):
+    texts = {"README.md": "---\nlicense: mit\n---\n# x", "LICENSE": "mit", "USE_POLICY.md": "be nice", "vocab.txt": ""}
+    folder = write_model(tmp_path / "a", TENSORS, CONFIG, side_files=texts)
+    source = open_checkpoint(folder).parts[0].source
+    assert source.card == Card("mit")
+    assert list(source.license_files) == ["LICENSE", "USE_POLICY.md"]
+    assert "README.md" not in open_checkpoint(folder).side_files
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe---", b"---\nlicense: mit\n---\n" + b"x" * (1 << 20)])
+def test_a_card_that_cannot_be_read_declares_nothing(tmp_path, text):
+    folder = write_model(tmp_path / "a", TENSORS, CONFIG, side_files={"README.md": text})
+    assert open_checkpoint(folder).parts[0].source.card == Card()
+
+
+def test_parents_stand_once_with_the_sum_of_their_weights(tmp_path):
+    a, b = (open_checkpoint(write_model(tmp_path / name, TENSORS, CONFIG), name) for name in "ab")
+    parents = parents_of(weighted_sum([a, b, a], [0.5, 0.75, -0.25]))
+    assert [(parent.label, parent.repository, parent.weight) for parent in parents] == [
+        ("a", None, 0.25),
+        ("b", None, 0.75),
+    ]
+
+
+def test_the_licences_of_all_sources_come_along(tmp_path):
+    texts = {"a": {"LICENSE": "mit"}, "b": {"LICENSE": "mit"}, "c": {"LICENSE": "apache", "NOTICE": "c"}}
+    models = [
+        open_checkpoint(write_model(tmp_path / name, TENSORS, CONFIG, side_files={**files, "vocab.txt": "x"}))
+        for name, files in texts.items()
+    ]
+    made = with_license_files(weighted_sum(models, [1.0, 1.0, 1.0]))
+    assert {name: path.read_text() for name, path in made.side_files.items()} == {
+        "LICENSE": "mit",
+        "LICENSE-3-c": "apache",
+        "NOTICE": "c",
+        "vocab.txt": "x",
+    }
+    assert with_license_files(models[0]) is models[0]
+
+
+def test_a_licence_that_is_gone_is_an_error(tmp_path):
+    folder = write_model(tmp_path / "a", TENSORS, CONFIG, side_files={"LICENSE": "mit"})
+    model = open_checkpoint(folder)
+    (folder / "LICENSE").unlink()
+    with pytest.raises(SourceError, match="LICENSE: cannot be read"):
+        with_license_files(model)

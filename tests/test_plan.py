@@ -46,6 +46,8 @@ def test_the_fingerprint_is_that_of_what_the_bytes_follow_from(folder):
     checkpoint = open_checkpoint(folder)
     fingerprint = make_plan(checkpoint, RECIPE, 1000).fingerprint
     assert make_plan(checkpoint, {**RECIPE, "output": {"path": "elsewhere"}}, 1000).fingerprint == fingerprint
+    accepted = {**RECIPE, "output": {"path": "out", "accept_license": True}}
+    assert make_plan(checkpoint, accepted, 1000).fingerprint == fingerprint
     part = checkpoint.parts[0]
     others = [
         make_plan(checkpoint, {**RECIPE, "normalize": False}, 1000),

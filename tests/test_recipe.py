@@ -36,6 +36,13 @@ def test_recipes_nest_and_defaults_are_written_out():
     }
 
 
+def test_a_licence_is_accepted_in_the_recipe_or_not_at_all():
+    document = parse_document("method: average\ncheckpoints: [x]\n", ["output.accept_license=true"])
+    assert document.output.accept_license
+    assert document.dump()["output"] == {"shard_size": "5GB", "accept_license": True}
+    assert make_document(document.dump()) == document
+
+
 def test_json_is_read_too():
     assert parse_document(json.dumps({"method": "lawa", "checkpoints": "x", "k": 3})).recipe.k == 3
 
@@ -75,6 +82,14 @@ def test_side_files_come_from_the_first_source_or_the_one_that_is_named(tmp_path
     made = resolve(make_document({**recipe, "output": {"side_files_from": str(tmp_path / "c")}}))
     assert made.config == {"from": "c"}
     assert made.side_files["generation_config.json"].read_text() == "c"
+
+
+def test_licences_of_all_sources_are_side_files(tmp_path):
+    tensors = {"x": np.ones(3, np.float32)}
+    for name in "ab":
+        write_model(tmp_path / name, tensors, {}, side_files={"LICENSE": f"that of {name}"})
+    recipe = {"method": "average", "checkpoints": [str(tmp_path / name) for name in "ab"]}
+    assert list(resolve(make_document(recipe)).side_files) == ["LICENSE", "LICENSE-2-b"]
 
 
 def test_side_files_of_another_shape_or_vocabulary_are_refused(tmp_path):

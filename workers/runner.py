@@ -21,17 +21,20 @@ import ray
 
 from merger import publish
 from merger.assessment import Evidence
+from merger.destination import Destination
 from merger.errors import JobError, MergerError, NotGoodEnough, VerificationFailed
 from merger.methods.method import Means, Sources, all_of, is_open
 from merger.plan import Plan, Shard
 from merger.preflight import check_disk
+from merger.push import cached_files, check_license, destination_of
+from merger.reach import Reach
 from merger.receipt import Receipt
 from merger.recipe import Document, make_document
 from merger.report import NONE, Figures
 from merger.run import Options, chosen, complete, left_of, measured, plan_of, verified, warnings_of
-from merger.sources import LocalSources, Roots
+from merger.sources import sources_within
 from merger.staging import Staging
-from merger.storage.hub import access_for
+from merger.uploads import Uploads
 from workers.judging import RayJudge
 from workers.reports import Api, Order, Progress, Reporter, Superseded, Word
 from workers.resources import TaskSize, measuring_request, request_for, training_request
@@ -55,7 +58,7 @@ class Attempt:
         self._reporter = Reporter(api, order.heartbeat_seconds, self._heed, self._hub_token)
         self._tasks: ShardTasks | None = None
         self._judge: RayJudge | None = None
-        self._roots: list[Path] = []
+        self._reach = Reach(own_token=False)
 
     def run(self) -> None:
         """Make and publish the result, and tell the API how it ended. Raises Superseded."""
@@ -119,18 +122,26 @@ class Attempt:
         began = time.time()
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
-        self._roots = self._all_roots(document)
-        sources = LocalSources(Roots(self._roots), access_for(self._hub_token))
+        self._reach = self._all(document)
+        sources = sources_within(self._reach)
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
+        destination = destination_of(document.output, sources.hub)
         request, allotment = request_for(plan, size)
         self._reporter.event("planned", fingerprint=plan.fingerprint, shards=len(plan.shards), bytes=plan.size)
         self._tell("writing", total=plan.size, shards=len(plan.shards))
+        if destination:
+            check_license(document, plan)
+            address = destination.check(plan)
+            if address and document.output.path is None:
+                return self._already_pushed(plan, address)
+            destination.prepare()
         if publish.is_complete(self._staging.output, plan):
-            return self._already_published(plan)
+            return self._already_published(plan, destination)
         earlier = self._adopt(plan)
         left = left_of(plan, earlier)
-        work = Work(self._staging.folder.absolute(), allotment, plan.fingerprint, request)
+        folder = self._staging.folder.absolute()
+        work = Work(folder, allotment, plan.fingerprint, request, cached_files(plan, "auto"), destination)
         receipts = [*earlier, *self._write(left, work)]
         self._tell("verifying")
         checks = verified(plan, self._staging.folder, receipts)
@@ -144,9 +155,25 @@ class Attempt:
         figures = Figures(time.time() - began, read, written, allotment.threads, allotment.memory)
         complete(plan, self._staging.folder, receipts, checks, figures, evidence)
         self._reporter.flush()
-        self._ask_to_publish()
-        self._staging.publish(plan)
-        return _result(plan, receipts)
+        address = self._publish(self._staging.folder, plan, receipts, destination)
+        publish.finish(self._staging.folder)
+        if document.output.path is None:
+            self._staging.remove()
+        else:
+            self._staging.publish(plan)
+        return _result(plan, receipts, address)
+
+    def _publish(
+        self, folder: Path, plan: Plan, receipts: Sequence[Receipt], destination: Destination | None
+    ) -> str | None:
+        """Once the API says that this attempt may: one commit, where there is a destination; returns its address."""
+        if destination is None:
+            self._ask_to_publish()
+            return None
+        with Uploads(folder, destination, self._say) as uploads:
+            landed = uploads.land(receipts)
+            self._ask_to_publish()
+            return destination.publish(folder, plan, landed)
 
     def _choose(self, document: Document, sources: Sources, size: TaskSize) -> tuple[Document, Evidence]:
         """Train what is to be trained and make the choices that scores decide, going on from earlier attempts."""
@@ -154,7 +181,7 @@ class Attempt:
             return document, NONE
         plan, _ = plan_of(document, Options(size.memory), sources)
         self._tell("choosing")
-        trainer = RayTrainer(sources, self._roots, training_request(plan, size), _connect, self._say)
+        trainer = RayTrainer(sources, self._reach, training_request(plan, size), _connect, self._say)
         means = Means(sources, self._judge_for(plan, size), trainer)
         document, evidence = chosen(document, Options(size.memory), means)
         for choice in evidence.choices:
@@ -165,23 +192,32 @@ class Attempt:
     def _judge_for(self, plan: Plan, size: TaskSize) -> RayJudge:
         request = measuring_request(plan, size)
         scores = self._staging.scores.absolute()
-        self._judge = RayJudge(scores, self._roots, request, _connect, self._say)
+        self._judge = RayJudge(scores, self._reach, request, _connect, self._say)
         return self._judge
 
-    def _all_roots(self, document: Document) -> list[Path]:
-        """Where models may be read: below the roots, and those that this very job makes. None: everywhere."""
+    def _all(self, document: Document) -> Reach:
+        """What may be read: below the roots, what this very job makes, and the Hub with the job's own token."""
         roots = [Path(root) for root in self._order.source_roots]
         own = [folder for part in all_of(document.recipe) for folder in part.folders()]
-        return [*roots, *own, self._staging.output.parent.absolute()] if roots else []
+        whole = [*roots, *own, self._staging.output.parent.absolute()] if roots else []
+        return Reach(tuple(map(str, whole)), own_token=False, token=self._hub_token)
 
-    def _already_published(self, plan: Plan) -> dict[str, Any]:
+    def _already_published(self, plan: Plan, destination: Destination | None) -> dict[str, Any]:
         """The result of an attempt that could not say any more that it had published."""
         self._say("the result is there already")
         receipts = publish.published(self._staging.output)
         verified(plan, self._staging.output, receipts, "off")
-        self._ask_to_publish()
+        address = self._publish(self._staging.output, plan, receipts, destination)
         self._staging.remove()
-        return _result(plan, receipts)
+        return _result(plan, receipts, address)
+
+    def _already_pushed(self, plan: Plan, address: str) -> dict[str, Any]:
+        """The result of an attempt that could not say any more that it had pushed."""
+        self._say(f"the result is there already: {address}")
+        self._ask_to_publish()
+        receipts = self._staging.take(plan)
+        self._staging.remove()
+        return _result(plan, receipts, address)
 
     def _adopt(self, plan: Plan) -> list[Receipt]:
         """Take the shards that earlier attempts finished."""
@@ -232,8 +268,9 @@ def _connect() -> None:
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in the place
 
 
-def _result(plan: Plan, receipts: list[Receipt]) -> dict[str, Any]:
+def _result(plan: Plan, receipts: list[Receipt], address: str | None) -> dict[str, Any]:
     return {
+        "published": address,
         "fingerprint": plan.fingerprint,
         "parameters": plan.parameters,
         "files": [{"name": r.file, "size": r.size, "xxh3": r.xxh3} for r in sorted(receipts, key=lambda r: r.file)],

@@ -7,7 +7,7 @@ again, under another name for its unfinished file, unless the shard turns out to
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import ray
 
 from merger import kernels
 from merger.budget import Allotment
+from merger.destination import Destination, uploaded
 from merger.engine import write_shards
 from merger.errors import WorkerDied
 from merger.plan import Shard
@@ -29,12 +30,16 @@ _TELL = 0.25  # seconds between two numbers of a task
 
 @dataclass(frozen=True)
 class Work:
-    """Everything that a task needs beside its shard."""
+    """Everything that a task needs beside its shard: remote files in `cached` are downloaded whole, a finished shard is
+    uploaded to the `destination`.
+    """
 
     folder: Path
     allotment: Allotment
     fingerprint: str
     request: Request
+    cached: Collection[str] = ()
+    destination: Destination | None = None
 
 
 def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Receipt]:
@@ -44,10 +49,18 @@ def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Rece
 
     def write() -> None:
         try:
-            receipts = write_shards(
-                [shard], work.folder, work.allotment, work.fingerprint, execution=execution, on_bytes=written.put
+            [receipt] = write_shards(
+                [shard],
+                work.folder,
+                work.allotment,
+                work.fingerprint,
+                execution=execution,
+                cached=work.cached,
+                on_bytes=written.put,
             )
-            written.put(receipts[0])
+            if work.destination:
+                uploaded(work.folder, receipt.file, work.destination)
+            written.put(receipt)
         except BaseException as error:
             written.put(error)
 

@@ -30,6 +30,7 @@ def command(
     dtype: str | None,
     shard_size: str | None,
     output: str | None,
+    accept_license: bool,
     as_json: bool,
     weights: str | None,
     k: int | None,
@@ -48,7 +49,7 @@ def command(
         **{key: value for key, value in given.items() if value is not None},
         **fields_of(fields),
     }
-    form = {"path": output, "dtype": dtype, "shard_size": shard_size}
+    form = {"path": output, "dtype": dtype, "shard_size": shard_size, "accept_license": accept_license or None}
     run_recipe(recipe, form, Options(**options), as_json=as_json)
 
 

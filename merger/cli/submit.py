@@ -7,7 +7,7 @@ import click
 
 from merger.cli.run import with_output
 from merger.cli.service import server
-from merger.cli.terminal import as_json
+from merger.cli.terminal import accept_license, as_json
 from merger.cli.watch import follow
 from merger.client import Client
 from merger.errors import RecipeError
@@ -23,6 +23,7 @@ from merger.recipe import read_content
 @click.option("--idempotency-key", metavar="KEY", help="Sent again with the same key, the recipe is one job.")
 @click.option("--hub-token-secret", metavar="NAME", help="The token for the Hub: a secret of the service, by its name.")
 @click.option("--wait", is_flag=True, help="Follow the job until it has ended; exit with 1 unless it succeeded.")
+@accept_license
 @server
 @as_json
 def command(
@@ -34,12 +35,13 @@ def command(
     idempotency_key: str | None,
     hub_token_secret: str | None,
     wait: bool,
+    accept_license: bool,
     server: str | None,
     as_json: bool,
 ) -> None:
     """Queue RECIPE as a job and print its id. Paths in it are relative to the folder in which the service runs."""
     client = Client(server)
-    content = read_content(recipe, with_output(changes, output))
+    content = read_content(recipe, with_output(changes, output, accept_license=accept_license))
     secrets = {"hub_token": hub_token_secret} if hub_token_secret else None
     job = client.submit(content, dict(map(_label, labels)), priority, idempotency_key, secrets)
     if wait:

@@ -1,6 +1,7 @@
 """What verbs share on a terminal: progress bars, sizes, options. Knows rich and click; knows nothing of models."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -33,13 +34,34 @@ class Size(click.ParamType[int]):
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+accept_license = click.option(
+    "--accept-license",
+    is_flag=True,
+    help="The sources' licences were read: the result may be passed on.",
+)
+
+
+def _sign_in(_ctx: click.Context, _param: click.Parameter, token: str | None) -> None:
+    """For this process and those that it starts, before the Hub's library looks."""
+    if token:
+        os.environ["HF_TOKEN"] = token
+
+
+token = click.option(
+    "--token",
+    callback=_sign_in,
+    expose_value=False,
+    help="The token for the Hub; without, HF_TOKEN or that of `hf auth login`.",
+)
 
 
 def running_options(command: F) -> F:
     """The options of every verb that makes or plans a result."""
     for option in reversed(
         [
-            click.option("-o", "--output", metavar="FOLDER", help="The folder to make; overrides the recipe."),
+            click.option(
+                "-o", "--output", metavar="PLACE", help="The folder to make, or hf://me/name; overrides the recipe."
+            ),
             click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Memory for buffers."),
             click.option("--threads", type=click.IntRange(1, 256), help="Threads; twice the processors without."),
             click.option(
@@ -49,7 +71,16 @@ def running_options(command: F) -> F:
                 show_default=True,
                 help="How surgery is proven by logits: on whole models, on some layers, or as memory allows.",
             ),
+            click.option(
+                "--cache",
+                type=click.Choice(["auto", "full"]),
+                default="auto",
+                show_default=True,
+                help="Which remote files to download whole: those that are read more than once, or all.",
+            ),
+            token,
             click.option("--strict", is_flag=True, help="Refuse what would otherwise be a warning."),
+            accept_license,
             as_json,
         ]
     ):

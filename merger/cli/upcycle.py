@@ -29,6 +29,7 @@ def command(
     dtype: str | None,
     shard_size: str | None,
     output: str | None,
+    accept_license: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -46,5 +47,5 @@ def command(
         "seed": seed,
         **fields_of(fields),
     }
-    form = {"path": output, "dtype": dtype, "shard_size": shard_size}
+    form = {"path": output, "dtype": dtype, "shard_size": shard_size, "accept_license": accept_license or None}
     run_recipe(recipe, form, Options(**options), as_json=as_json)

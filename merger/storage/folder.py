@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from merger.errors import FormatError, PickledWeights, SourceError
 from merger.storage.place import LocalFolder, Place, WeightFile, local_weights
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What travels with a model. Never code, never what belongs to the training (optimizer, scheduler, trainer).
 SIDE_FILES = (
     "*.json",
@@ -24,9 +25,7 @@ SIDE_FILES = (
     "*.tiktoken",
     "vocab.txt",
     "merges.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LEGAL,
 )
 CONFIG = "config.json"
 # An adapter as PEFT writes one: small changes to a model that is elsewhere.
@@ -51,6 +50,8 @@ TRAINING_STATE = (
 OPTIMIZER = "optimizer.safetensors"
 MAX_SIDE_FILE = 256 << 20  # bytes
 _JOURNEYS = 8  # files elsewhere whose headers are read at once
+MAX_TEXT = 1 << 20  # bytes of a card or of a licence's text
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class ModelFolder:
     side_files: Mapping[str, Path]
     training_state: tuple[str, ...]  # names of files that belong to the training and are left alone
     optimizer: WeightFile | None = None  # moments that can be carried along
+    card_text: str = ""  # its README.md
+    license_files: Mapping[str, Path] = field(default_factory=dict)  # what says on which terms it may be used
 
 
 def open_folder(path: Path) -> ModelFolder:
@@ -94,7 +97,9 @@ def open_place(place: Place) -> ModelFolder:
         _check_index(place.where(index), weight_map, files)
     optimizer = place.weights(OPTIMIZER) if place.has(OPTIMIZER) else None
     config = _adapter_config(place) if names == [ADAPTER] else _config(place)
-    return ModelFolder(str(place), files, config, _side_files(place), _training_state(place), optimizer)
+    return ModelFolder(
+        str(place), files, config, _side_files(place), _training_state(place), optimizer, *declared(place)
+    )
 
 
 def weights_of(place: Place, names: Sequence[str]) -> tuple[WeightFile, ...]:
@@ -198,10 +203,26 @@ def _adapter_config(place: Place) -> dict[str, Any]:
     return read_json(place.path(ADAPTER_CONFIG), place.where(ADAPTER_CONFIG))
 
 
-def _side_files(place: Place) -> dict[str, Path]:
-    taken = {name for pattern in SIDE_FILES for name in place.matches(pattern) if place.has(name)}
+def _side_files(place: Place, patterns: Sequence[str] = SIDE_FILES) -> dict[str, Path]:
+    taken = {name for pattern in patterns for name in place.matches(pattern) if place.has(name)}
     names = sorted(name for name in taken if not any(fnmatchcase(name, pattern) for pattern in NOT_SIDE_FILES))
     return {name: place.path(name) for name in names if (place.size(name) or 0) <= MAX_SIDE_FILE}
+
+
+def is_legal(name: str) -> bool:
+    """Whether a side file says on which terms a model may be used."""
+    return any(fnmatchcase(name, pattern) for pattern in LEGAL)
+
+
+def declared(place: Place) -> tuple[str, dict[str, Path]]:
+    """The text of a folder's model card, which strangers may have written, and its files on the terms of use."""
+    found = {name: path for name, path in _side_files(place, LEGAL).items() if (place.size(name) or 0) <= MAX_TEXT}
+    if not place.has(CARD) or (place.size(CARD) or 0) > MAX_TEXT:
+        return "", found
+    try:
+        return place.path(CARD).read_bytes().decode(errors="replace"), found
+    except OSError:
+        return "", found
 
 
 def _training_state(place: Place) -> tuple[str, ...]:

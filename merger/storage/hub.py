@@ -63,9 +63,9 @@ class Access:
         return library().HfApi(endpoint=self.endpoint, token=token, library_name="merger")
 
 
-def own_access(token: Token | None = None) -> Access:
-    """The Hub that the environment names, with a given token, else with the one of the environment or of a login."""
-    found = library().get_token() if token is None else token.reveal()
+def own_access() -> Access:
+    """The Hub that the environment names, with the token of the environment or of a login."""
+    found = library().get_token()
     return Access(library().constants.ENDPOINT, Token(found) if found else None)
 
 
@@ -121,7 +121,9 @@ def explained(where: str) -> Iterator[None]:
             message = answer.headers.get("x-error-message") or "the token may not do that"
             raise SourceError(f"HTTP {answer.status_code}: {message}", where=where) from error
         raise ReadFailed(f"HTTP {answer.status_code}: {error}", where=where) from error
-    except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (httpx2.ConnectError, errors.OfflineModeIsEnabled) as error:
+        raise Again(f"the Hub cannot be reached ({error})", tries=2) from error
+    except (httpx2.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise Again(f"{type(error).__name__}: {error}") from error
 
 

@@ -16,11 +16,13 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that another try may ch
 
 
 class Again(Exception):
-    """A failure that may pass. `delay` is how many seconds the server asked to wait."""
+    """A failure that may pass. `delay` is how many seconds the server asked to wait; `tries` after how many such
+    failures in a row it is given up.
+    """
 
-    def __init__(self, reason: str, delay: float | None = None) -> None:
+    def __init__(self, reason: str, delay: float | None = None, tries: int = TRIES) -> None:
         super().__init__(reason)
-        self.delay = delay
+        self.delay, self.tries = delay, tries
 
 
 class Patience:
@@ -36,9 +38,10 @@ class Patience:
     def spend(self, failure: Again) -> None:
         """Wait before the next try. Raises ReadFailed, or what else it was made with, where that was the last."""
         self._failed += 1
-        if self._failed >= TRIES:
+        if self._failed >= failure.tries:
+            times = f"failed {self._failed} times, the last time: " if failure.tries == TRIES else ""
             raise self._failure(
-                f"failed {self._failed} times, the last time: {failure}",
+                f"{times}{failure}",
                 where=self._where,
                 remedy="Run the same command again later: it goes on after the last finished shard.",
             ) from failure

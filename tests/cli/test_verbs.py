@@ -117,6 +117,29 @@ def test_a_plan_needs_no_weight(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_tells_the_verdict_over_licences(run_folder):
+    for step, license in ((9, "llama3.1"), (10, "gemma"), (11, "mit")):
+        (run_folder / f"step-{step}" / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(f"method: average\ncheckpoints: {run_folder}/step-*\n")
+    found = json.loads(merger("plan", recipe, "--json").output)["license"]
+    assert (found["verdict"], found["accepted"]) == ("ask", False)
+    assert found["fields"]["license_name"] == "llama3.1-and-gemma"
+    shown = merger("plan", recipe).output
+    assert "license     llama3.1-and-gemma, to be accepted with --accept-license" in shown
+    assert "no one licence covers" in shown
+    assert "llama3.1-and-gemma, accepted" in merger("plan", recipe, "--accept-license").output
+    (run_folder / "step-11" / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    assert "license     not to be passed on" in merger("plan", recipe).output
+
+
+def test_accepted_licences_stand_in_the_recipe_that_flags_print(run_folder):
+    result = merger("average", run_folder / "step-*", "--accept-license", "-o", run_folder / "out")
+    assert result.exit_code == 0, result.output
+    assert "accept_license: true" in result.output
+    assert json.loads((run_folder / "out" / "merger.json").read_text())["recipe"]["output"]["accept_license"] is True
+
+
 # ---- average, verify, diff ----------------------------------------------------------------------------
 
 
