@@ -3,7 +3,6 @@
 Reads headers only.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from glob import glob, has_magic
@@ -15,6 +14,7 @@ from merger.methods.method import Member, Method, Sources
 from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
 from merger.storage.hub import Access, access_for, own_access
+from merger.storage.place import natural
 from merger.storage.reference import SCHEME, looks_remote, reference_of
 
 
@@ -118,11 +118,7 @@ def _matches(pattern: str) -> list[str]:
     models = [path for path in found if Path(path).is_dir() or path.endswith(".safetensors")]
     if not models:
         raise SourceError("matches no folder", where=f"checkpoints: {pattern}", remedy=_nearest(pattern))
-    return sorted(models, key=_natural)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    return sorted(models, key=natural)
 
 
 def _nearest(pattern: str) -> str:
