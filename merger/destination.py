@@ -41,6 +41,10 @@ class Destination(ABC):
         Raises OutputOccupied where something else is there, SourceError where it cannot be written to. Writes nothing.
         """
 
+    def is_public(self) -> bool:
+        """Whether anybody may see what is published there. Raises SourceError."""
+        return False
+
     @abstractmethod
     def prepare(self) -> None:
         """Make the place ready for uploads, once, before the first. Raises SourceError and WriteFailed."""
@@ -75,10 +79,14 @@ def landed_in(folder: Path, destination: Destination) -> dict[str, Landed]:
 
 
 def uploaded(folder: Path, name: str, destination: Destination) -> Landed:
-    """Upload a shard of `folder`, unless it has landed already, and note that it has. Raises WriteFailed."""
+    """Upload a shard of `folder`, unless it has landed already, and note that it has while the work goes on.
+
+    Raises WriteFailed.
+    """
     known = landed_in(folder, destination).get(name)
     if known and known.size == (folder / name).stat().st_size:
         return known
     landed = destination.upload(folder / name)
-    write_atomically(folder / FOLDER / f"{name}.landed", json.dumps(asdict(landed)).encode())
+    if (folder / FOLDER).is_dir():
+        write_atomically(folder / FOLDER / f"{name}.landed", json.dumps(asdict(landed)).encode())
     return landed

@@ -39,7 +39,7 @@ def destination_of(output: Output, access: Callable[[], Access]) -> Destination 
 def check_license(document: Document, plan: Plan, destination: Destination) -> None:
     """See that the result may be passed on. Raises LicenseRefused."""
     name = destination.name.partition("://")[2].partition("@")[0]
-    found = verdict(parents_of(plan.checkpoint), name, public=not document.output.private)
+    found = verdict(parents_of(plan.checkpoint), name, public=destination.is_public())
     require_license(found, document.output.accept_license)
 
 

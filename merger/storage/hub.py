@@ -119,7 +119,11 @@ def explained(where: str) -> Iterator[None]:
             raise Again(str(error), asked_delay(answer.headers) if answer is not None else None) from error
         if answer.status_code in (401, 403):
             message = answer.headers.get("x-error-message") or "the token may not do that"
-            raise SourceError(f"HTTP {answer.status_code}: {message}", where=where) from error
+            raise SourceError(
+                f"HTTP {answer.status_code}: {message}",
+                where=where,
+                remedy="Give another token (--token or HF_TOKEN), or log in again: hf auth login.",
+            ) from error
         raise ReadFailed(f"HTTP {answer.status_code}: {error}", where=where) from error
     except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise Again(f"{type(error).__name__}: {error}") from error
