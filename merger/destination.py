@@ -34,6 +34,13 @@ class Destination(ABC):
     def name(self) -> str:
         """What people call it: `hf://me/moe`. Nothing secret."""
 
+    def admit(self) -> None:
+        """See that it can be written to, as far as that shows before anything is known of the result.
+
+        Raises SourceError. Writes nothing.
+        """
+        return
+
     @abstractmethod
     def check(self, plan: Plan) -> str | None:
         """The address of this very plan's result where it is published already, None where there is room for it.

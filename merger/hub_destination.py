@@ -43,6 +43,9 @@ class HubDestination(Destination):
     def name(self) -> str:
         return f"hf://{self.repository}{'' if self.branch == _MAIN else f'@{self.branch}'}"
 
+    def admit(self) -> None:
+        self._check_rights(self._head(_MAIN) is not None)
+
     def check(self, plan: Plan) -> str | None:
         exists = self._head(_MAIN) is not None
         found = self._published(plan, self._head(self.branch)) if exists else None

@@ -170,6 +170,9 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
     evaluations = evaluations_of(document)
     if evaluations or is_open(document.recipe):
         check_installed(evaluations)
+    if destination and is_open(document.recipe):
+        destination.admit()
+        check_license(document, plan_of(document, options, sources)[0], destination)
     trainer = LocalTrainer(sources, progress.phase)
     with LocalJudge(sources, own_memory(), progress.phase) as judge:
         means = Means(sources, judge, trainer)
