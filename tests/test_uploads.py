@@ -77,12 +77,17 @@ def test_nothing_is_published_where_an_upload_failed(folder):
 
 def test_a_run_that_fails_waits_for_what_is_under_way_and_drops_the_rest(folder):
     gate = Gate()
-    with pytest.raises(KeyError), Uploads(folder, gate, print) as uploads:
-        for shard in SHARDS:
-            uploads.add(shard)
-        for _ in range(2):
-            assert gate.at_once.acquire(timeout=30)
-        threading.Timer(0.1, gate.open.set).start()
-        raise KeyError
+
+    def fail_in_the_middle() -> None:
+        with Uploads(folder, gate, print) as uploads:
+            for shard in SHARDS:
+                uploads.add(shard)
+            for _ in range(2):
+                assert gate.at_once.acquire(timeout=30)
+            threading.Timer(0.1, gate.open.set).start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_in_the_middle()
     assert sorted(gate.brought) == [shard.file for shard in SHARDS[:2]]
     assert not gate.published
