@@ -24,7 +24,11 @@ from merger.verify import MANIFEST
 
 # What may stand in a repository before the result comes: what the Hub puts there, and a card.
 _HARMLESS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+# What makes a model: of another one it would be loaded beside the new one, or instead of it.
+_MODEL = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.index.json"),
+    *("config.json", "adapter_config.json", "*.py"),
+)
 _MAIN = "main"
 _TOKEN = "Give a token that may write there, with --token or HF_TOKEN, or log in with one: hf auth login."
 
@@ -59,7 +63,8 @@ class HubDestination(Destination):
 
     def prepare(self) -> None:
         api = self.access.api()
-        asked(lambda: api.create_repo(self.repository, private=self.private, exist_ok=True), self.name, WriteFailed)
+        if self._head(_MAIN) is None:  # asking to make one that is there takes rights that a pull request needs not
+            asked(lambda: api.create_repo(self.repository, private=self.private, exist_ok=True), self.name, WriteFailed)
         if self._head(self.branch) is None:
             asked(lambda: api.create_branch(self.repository, branch=self.branch, exist_ok=True), self.name, WriteFailed)
 
@@ -212,10 +217,10 @@ class HubDestination(Destination):
         return f"{self.access.endpoint}/{self.repository}/discussions/{found[0].num}" if found else None
 
     def _deletions(self, head: str | None, names: set[str]) -> list[Any]:
-        """Weights of the model that a pull request or a branch replaces, which would stay beside the new ones."""
+        """What is left of the model that a pull request or a branch replaces."""
         if head is None or (self.branch == _MAIN and not self.create_pr):
             return []
-        stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _WEIGHTS)]
+        stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _MODEL)]
         return [library().CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
 
 

@@ -166,6 +166,16 @@ def test_faults_that_pass_leave_one_commit(server, folder, plan, method, path, f
     assert all(server.content("me/x", name) == (folder / name).read_bytes() for name in names(folder))
 
 
+def test_faults_of_an_upload_in_parts_leave_one_commit(server, folder, plan):
+    server.part_size(3000)
+    server.faults.add(method="PUT", path="/uploads/[0-9a-f]+/2", nth=[1, 3], status=500)
+    server.faults.add(method="PUT", path="/uploads/", times=1, drop=True)
+    server.faults.add(method="POST", path="objects/complete", times=1, status=500, after=True)
+    push(destination(server), folder, plan)
+    assert titles(server) == ONE
+    assert all(server.content("me/x", name) == (folder / name).read_bytes() for name in WEIGHTS)
+
+
 @pytest.mark.parametrize(("path", "cause"), [("commit", "503"), ("uploads", "503"), ("preupload", "503")])
 def test_faults_that_stay_end_with_a_clear_error_and_no_commit(server, folder, plan, path, cause):
     server.faults.add(method="PUT" if path == "uploads" else "POST", path=path, status=503)
@@ -239,6 +249,13 @@ def test_a_harmless_commit_in_between_is_built_upon(server, folder, plan):
     assert titles(server) == ["Add average by merger", "Announce", "initial commit"]
 
 
+def test_offline_nothing_is_tried(server, plan, monkeypatch):
+    monkeypatch.setattr(library().constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE"):
+        destination(server).check(plan)
+    assert not server.log()
+
+
 def test_a_repository_that_was_renamed_is_refused(server, plan):
     server.write("me/x", {"README.md": b"soon"})
     server.rename("me/x", "me/y")
@@ -286,6 +303,23 @@ def test_a_pull_request_is_opened_once(server, model_there, folder, plan, fault)
     first = push(destination(server, create_pr=True), folder, plan)
     assert push(destination(server, create_pr=True), folder, plan) == first
     assert [ref for ref in server.refs("me/x") if "pr" in ref] == ["refs/pr/1"]
+
+
+def test_whoever_may_read_a_model_may_open_a_pull_request_to_it(server, model_there, folder, plan):
+    server.add_token("hf_other", "somebody")
+    push(destination(server, "hf_other", create_pr=True), folder, plan)
+    assert server.commits("me/x", "refs/pr/1")[0]["author"] == "somebody"
+    with pytest.raises(SourceError, match="outside of what"):
+        destination(server, "hf_other", name="me/new", create_pr=True).check(plan)
+
+
+@pytest.mark.parametrize("more", [{"branch": "v2"}, {"create_pr": True}])
+def test_nothing_of_the_old_model_that_would_be_loaded_stays(server, folder, plan, more):
+    stale = ["adapter_config.json", "adapter_model.safetensors", "model.onnx", "modeling.py", "model.gguf", "tf.h5"]
+    server.write("me/x", {**dict.fromkeys(stale, b"old"), "config.json": b"{}", "vocab.txt": b"a"})
+    push(destination(server, **more), folder, plan)
+    revision = more.get("branch", "refs/pr/1")
+    assert server.files("me/x", revision).keys() == {".gitattributes", "vocab.txt", *names(folder)}
 
 
 def test_a_branch_and_its_revision_must_agree(server):

@@ -125,7 +125,11 @@ def explained(where: str) -> Iterator[None]:
                 remedy="Give another token (--token or HF_TOKEN), or log in again: hf auth login.",
             ) from error
         raise ReadFailed(f"HTTP {answer.status_code}: {error}", where=where) from error
-    except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except errors.OfflineModeIsEnabled as error:
+        raise SourceError(
+            "cannot be reached: HF_HUB_OFFLINE is set", where=where, remedy="Unset it, or use a local folder."
+        ) from error
+    except (httpx2.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise Again(f"{type(error).__name__}: {error}") from error
 
 
