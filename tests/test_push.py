@@ -15,10 +15,11 @@ from merger.cli.terminal import Silent
 from merger.errors import JobError, LicenseRefused, OutputOccupied, RecipeError, SourceError, UnsupportedModel
 from merger.push import destination_of, is_destination, staging_of
 from merger.recipe import Output, make_document
-from merger.run import Options, Outcome, plan_of, run, sources_of
+from merger.run import Options, Outcome, plan_of, run
 from merger.secret import Token
+from merger.sources import LocalSources
 from merger.storage import patience
-from merger.storage.hub import Access, library
+from merger.storage.hub import access_for, library
 from tests.checkpoints import write_model
 from tests.hub_server.fixtures import hub
 from tests.hub_server.server import HubServer
@@ -58,13 +59,17 @@ def server(tmp_path, parents, monkeypatch) -> Iterator[HubServer]:
     with hub(tmp_path) as one:
         for name in ("a", "b"):
             one.add_model(f"org/{name}", parents / name)
-        monkeypatch.setattr("merger.run.own_access", lambda token: Access(one.endpoint, token))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", one.endpoint)
         yield one
 
 
 def push(recipe: dict[str, object] = RECIPE, token: str | None = HubServer.token, **output: object) -> Outcome:
     whole = {**recipe, "output": {"shard_size": SHARD_SIZE, "push": "hf://me/x", **output}}
-    return run(make_document(whole), Options(token=Token(token) if token else None), Silent())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("HF_TOKEN", raising=False)
+        if token:
+            environment.setenv("HF_TOKEN", token)
+        return run(make_document(whole), Options(), Silent())
 
 
 @pytest.fixture
@@ -201,7 +206,7 @@ def test_with_a_tenth_of_all_requests_going_wrong_there_is_one_whole_commit_or_n
 
 def plan_and_staging() -> tuple[object, Path]:
     document = make_document({**RECIPE, "output": {"shard_size": SHARD_SIZE, "push": "hf://me/x"}})
-    sources = sources_of(Options(token=Token(HubServer.token)))
+    sources = LocalSources(access=lambda: access_for(Token(HubServer.token)))
     plan, _ = plan_of(document, Options(), sources)
     place = destination_of(document.output, sources.hub)
     assert place
