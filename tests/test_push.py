@@ -1,6 +1,7 @@
 """Results of models on a Hub, pushed to it: the whole flow in this process, by LFS."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from merger.run import Options, Outcome, plan_of, run
 from merger.secret import Token
 from merger.sources import LocalSources
 from merger.storage import patience
-from merger.storage.hub import access_for, library
+from merger.storage.hub import Access, library
 from tests.checkpoints import write_model
 from tests.hub_server.fixtures import hub
 from tests.hub_server.server import HubServer
@@ -54,12 +55,17 @@ def own(monkeypatch, tmp_path) -> Path:
     return tmp_path / "cache"
 
 
+def own_token() -> Token | None:
+    token = os.environ.get("HF_TOKEN")
+    return Token(token) if token else None
+
+
 @pytest.fixture
 def server(tmp_path, parents, monkeypatch) -> Iterator[HubServer]:
     with hub(tmp_path) as one:
         for name in ("a", "b"):
             one.add_model(f"org/{name}", parents / name)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", one.endpoint)
+        monkeypatch.setattr("merger.sources.own_access", lambda: Access(one.endpoint, own_token()))
         yield one
 
 
@@ -204,9 +210,9 @@ def test_with_a_tenth_of_all_requests_going_wrong_there_is_one_whole_commit_or_n
 # ---- folders of unpublished results -------------------------------------------------------------------
 
 
-def plan_and_staging() -> tuple[object, Path]:
+def plan_and_staging(server: HubServer) -> tuple[object, Path]:
     document = make_document({**RECIPE, "output": {"shard_size": SHARD_SIZE, "push": "hf://me/x"}})
-    sources = LocalSources(access=lambda: access_for(Token(HubServer.token)))
+    sources = LocalSources(access=lambda: Access(server.endpoint, Token(HubServer.token)))
     plan, _ = plan_of(document, Options(), sources)
     place = destination_of(document.output, sources.hub)
     assert place
@@ -214,7 +220,7 @@ def plan_and_staging() -> tuple[object, Path]:
 
 
 def test_two_runs_of_one_recipe_do_not_share_a_folder(server):
-    plan, folder = plan_and_staging()
+    plan, folder = plan_and_staging(server)
     with publish.taken(folder, plan), pytest.raises(OutputOccupied, match="is being written by another run"):
         push()
     assert server.commits("me/x")[0]["title"] == "initial commit"
@@ -222,7 +228,7 @@ def test_two_runs_of_one_recipe_do_not_share_a_folder(server):
 
 
 def test_what_a_run_left_that_was_killed_after_its_commit_is_taken_away(server, own):
-    plan, folder = plan_and_staging()
+    plan, folder = plan_and_staging(server)
     push()
     with publish.taken(folder, plan):
         (folder / "model.safetensors").touch()
@@ -234,7 +240,7 @@ def test_what_a_run_left_that_was_killed_after_its_commit_is_taken_away(server, 
 
 
 def test_a_folder_that_was_taken_away_while_it_was_taken_is_not_worked_in(server, own, monkeypatch):
-    plan, folder = plan_and_staging()
+    plan, folder = plan_and_staging(server)
     lock = publish.fcntl.flock
 
     def lock_late(*arguments: int) -> None:
