@@ -124,7 +124,7 @@ class Attempt:
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
         self._roots = self._all_roots(document)
-        sources = LocalSources(Roots(self._roots), partial(access_for, self._hub_token))
+        sources = LocalSources(Roots(self._roots), partial(access_for, self._hub_token), order.object_roots)
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
         destination = destination_of(document.output, sources.hub)
