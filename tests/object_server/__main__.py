@@ -37,12 +37,19 @@ def main() -> None:
     """Serves S3 with two users: one may do all, one may only read."""
     told: dict[str, Any] = {}
 
-    def make_bucket(name: str) -> None:
+    def client() -> Any:
         identity, secret = told["owner"]
         keys = {"aws_access_key_id": identity, "aws_secret_access_key": secret, "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=told["endpoint"], **keys).create_bucket(Bucket=name)
+        return boto3.client("s3", endpoint_url=told["endpoint"], **keys)
 
-    application = Watch(DomainDispatcherApplication(create_backend_app), make_bucket)
+    def make_bucket(name: str) -> None:
+        client().create_bucket(Bucket=name)
+
+    def remove(path: str) -> None:
+        bucket, _, key = path.partition("/")
+        client().delete_object(Bucket=bucket, Key=key)
+
+    application = Watch(DomainDispatcherApplication(create_backend_app), make_bucket, remove)
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -31,11 +31,11 @@ class Watch:
 
     A fault is a rule: what it is for (`method`, parts of `path` and of `query`), how many matches it lets pass
     (`after`), how often it acts (`times`), and what it does: answer with `status`, `cut` the body after so many bytes,
-    `hold` the request until the faults are cleared, or leave out the `unconditional` request's condition.
+    `hold` the request until the faults are cleared, or put `unconditional`ly, as stores do that know no conditions.
     """
 
-    def __init__(self, app: App, make_bucket: Callable[[str], None]) -> None:
-        self._app, self._make_bucket = app, make_bucket
+    def __init__(self, app: App, make_bucket: Callable[[str], None], remove: Callable[[str], None]) -> None:
+        self._app, self._make_bucket, self._remove = app, make_bucket, remove
         self._log: list[Entry] = []
         self._rules: list[dict[str, Any]] = []
         self._lock, self._writes, self._cleared = threading.Lock(), threading.Lock(), threading.Event()
@@ -59,7 +59,7 @@ class Watch:
         if rule.get("status"):
             return _error(environ, start, entry, rule["status"])
         if rule.get("unconditional"):
-            environ.pop("HTTP_IF_NONE_MATCH", None)
+            self._remove(entry.path)
 
         def begin(status: str, headers: Any, *more: Any) -> Any:
             entry.status = int(status.split(maxsplit=1)[0])
