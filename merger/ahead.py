@@ -6,10 +6,11 @@ when its last block is done.
 """
 
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from queue import SimpleQueue
 
 from merger.expression import ByteRange, File
 from merger.kernels import Bytes
@@ -31,23 +32,25 @@ class Segment:
     def __init__(self, file: File, start: int, stop: int, room: int) -> None:
         self.file, self.start, self.stop = file, start, stop
         self.memory = room
-        self._buffer: Bytes | None = None
         self._data: Bytes | None = None
+        self._buffer: Bytes | None = None
         self._done: Future[None] = Future()
 
     def fetch(self, buffers: "_Buffers") -> None:
         """Ask for the bytes; whoever waits for them gets the error."""
         assert isinstance(self.file.path, Remote)
-        try:
-            skip = self.start % PAGE
-            self._buffer = buffers.take(self.memory)
-            data = self._buffer[skip : skip + self.stop - self.start]
-            self.file.path.fetch(self.start, memoryview(data))  # type: ignore[arg-type]
-        except BaseException as error:
-            self._done.set_exception(error)
-        else:
-            self._data = data
-            self._done.set_result(None)
+        if not self._done.set_running_or_notify_cancel():
+            return
+        with suppress(InvalidStateError):  # nobody waits any more
+            try:
+                skip = self.start % PAGE
+                self._buffer = buffers.take(self.memory)
+                self._data = self._buffer[skip : skip + self.stop - self.start]
+                self.file.path.fetch(self.start, memoryview(self._data))  # type: ignore[arg-type]
+            except BaseException as error:
+                self._done.set_exception(error)
+            else:
+                self._done.set_result(None)
 
     def part(self, start: int, stop: int) -> Bytes:
         """The bytes of the file from `start` to `stop`, which lie in this segment; waits for them."""
@@ -55,55 +58,89 @@ class Segment:
         assert self._data is not None
         return self._data[start - self.start : stop - self.start]
 
-    def drop(self, buffers: "_Buffers") -> None:
-        """Give the memory back."""
-        if self._buffer is not None:
-            buffers.give(self._buffer)
-        self._buffer = self._data = None
+    def drop(self, then: Callable[["Segment"], None]) -> None:
+        """Let go of the bytes; calls `then` when nothing is written to their memory any more."""
+        self._done.cancel()
+        self._done.add_done_callback(lambda _: then(self))
+
+    def give_up(self) -> None:
+        """Let nobody wait any longer. A request that is under way goes on, and its memory with it."""
+        with suppress(InvalidStateError):
+            if not self._done.cancel():
+                self._done.set_exception(CancelledError())
+
+    def empty(self) -> Bytes | None:
+        """The memory, if it came to that, for another use."""
+        buffer, self._buffer, self._data = self._buffer, None, None
+        return buffer
 
 
 class _Buffers:
-    """Memory for segments, used again: fresh pages cost more than the bytes that come to lie in them."""
+    """At most `limit` bytes of memory for segments. Those of the largest `size` are used again: fresh pages cost more
+    than the bytes that come to lie in them.
+    """
 
-    def __init__(self, size: int) -> None:
-        self._size, self._spare = size, list[Bytes]()
+    def __init__(self, size: int, limit: int) -> None:
+        self._size, self._limit, self._spare = size, limit, list[Bytes]()
+        self._total = 0
+        self._lock = threading.Lock()
+        self.retired = False
 
     def take(self, size: int) -> Bytes:
-        if size == self._size:
-            with suppress(IndexError):
+        with self._lock:
+            if size == self._size and self._spare:
                 return self._spare.pop()
+            while self._spare and self._total + size > self._limit:
+                self._total -= self._spare.pop().size
+            self._total += size
         return page_aligned(size)
 
     def give(self, buffer: Bytes) -> None:
-        if buffer.size == self._size:
-            self._spare.append(buffer)
+        with self._lock:
+            if buffer.size == self._size and not self.retired:
+                self._spare.append(buffer)
+            else:
+                self._total -= buffer.size
 
 
-@dataclass(eq=False)
 class _Window:
-    segments: list[Segment]
-    left: int  # blocks that are not done
+    """What some consecutive blocks need, and how many of them are not done."""
 
-    @property
-    def memory(self) -> int:
-        return sum(segment.memory for segment in self.segments)
+    def __init__(self, segments: Iterable[Segment], blocks: int) -> None:
+        self.segments = list(segments)
+        self.left = blocks
+        self.memory = sum(segment.memory for segment in self.segments)
+        self._of_file: dict[File, list[Segment]] = {}  # by their starts, none overlaps another
+        for segment in self.segments:
+            self._of_file.setdefault(segment.file, []).append(segment)
+
+    def covering(self, file: File, position: int) -> Segment | None:
+        """The segment that holds a byte of a file."""
+        segments = self._of_file.get(file, [])
+        before = bisect_right(segments, position, key=lambda segment: segment.start)
+        return segments[before - 1] if before and position < segments[before - 1].stop else None
 
 
 class Ahead:
-    """What blocks are made from, fetched in their order, in at most `memory` bytes. Safe for threads."""
+    """What blocks are made from, fetched in their order, in at most `memory` bytes (a block that needs more has them to
+    itself). Safe for threads: each says which block it begins, reads, and says that it is done.
+    """
 
     def __init__(self, demands: Iterable[Demand], memory: int) -> None:
         self._windows = _windows(demands, memory // WINDOWS)
-        self._buffers = _Buffers(_room(_largest_request(memory // WINDOWS), memory // WINDOWS))
+        self._buffers = _Buffers(_room(_largest_request(memory // WINDOWS), memory // WINDOWS), memory)
         self._memory, self._held = memory, 0
         self._changed = threading.Condition()
         self._of_block: dict[Hashable, _Window] = {}
-        self._segments: dict[File, list[Segment]] = {}
+        self._here = threading.local()  # the window of the thread's block: no other stays until the thread is done
         self._stopped = False
-        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
-        self._planner = threading.Thread(target=self._plan, name="ahead", daemon=True)
         self._error: BaseException | None = None
-        self._planner.start()
+        self._requests: SimpleQueue[Segment | None] = SimpleQueue()
+        # Daemons: a command that is interrupted does not wait for a server that does not answer.
+        self._planner = threading.Thread(target=self._plan, name="ahead", daemon=True)
+        fetchers = [threading.Thread(target=self._fetch, name=f"fetch-{i}", daemon=True) for i in range(CONNECTIONS)]
+        for thread in [self._planner, *fetchers]:
+            thread.start()
 
     def _plan(self) -> None:
         """Start a window whenever there is room for it."""
@@ -120,27 +157,31 @@ class Ahead:
                     if self._stopped:
                         return
                     self._held += window.memory
-                    for segment in window.segments:
-                        self._segments.setdefault(segment.file, []).append(segment)
                     self._of_block.update(dict.fromkeys(blocks, window))
                     self._changed.notify_all()
                 for segment in window.segments:
-                    self._pool.submit(segment.fetch, self._buffers)
+                    self._requests.put(segment)
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
+    def _fetch(self) -> None:
+        while segment := self._requests.get():
+            segment.fetch(self._buffers)
+
     def begin(self, block: Hashable) -> None:
-        """Wait until what a block needs is on its way."""
+        """Wait until what a block needs is on its way. Raises what went wrong where that is planned."""
         with self._changed:
             self._changed.wait_for(lambda: block in self._of_block or self._stopped or self._error)
             if self._error:
                 raise self._error
+            self._here.window = self._of_block.get(block)
 
     def done(self, block: Hashable) -> None:
-        """A block is made; the last of its window frees the window's memory."""
+        """A block is made, or given up; the last of its window frees the window's memory."""
         with self._changed:
+            self._here.window = None
             window = self._of_block.pop(block, None)
             if window is None:
                 return
@@ -148,24 +189,34 @@ class Ahead:
             if window.left:
                 return
             for segment in window.segments:
-                self._segments[segment.file].remove(segment)
-                segment.drop(self._buffers)
-            self._held -= window.memory
+                segment.drop(self._free)
+
+    def _free(self, segment: Segment) -> None:
+        buffer = segment.empty()
+        if buffer is not None:
+            self._buffers.give(buffer)
+        with self._changed:
+            self._held -= segment.memory
             self._changed.notify_all()
 
     def covering(self, file: File, position: int) -> Segment | None:
-        """A segment that holds a byte of a file."""
-        with self._changed:
-            held = self._segments.get(file, ())
-            return next((segment for segment in held if segment.start <= position < segment.stop), None)
+        """A segment that holds a byte of a file, and does so until this thread's block is done."""
+        window: _Window | None = getattr(self._here, "window", None)
+        return window.covering(file, position) if window else None
 
     def close(self) -> None:
-        """Fetch nothing more; requests that are under way end by themselves."""
+        """Fetch nothing more; requests that are under way end by themselves, and nobody waits for them."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         self._planner.join()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._buffers.retired = True
+        with self._changed:
+            waited = set(self._of_block.values())
+        for segment in [segment for window in waited for segment in window.segments]:
+            segment.give_up()
+        for _ in range(CONNECTIONS):
+            self._requests.put(None)
 
 
 def _windows(demands: Iterable[Demand], memory: int) -> Iterator[tuple[_Window, list[Hashable]]]:
@@ -175,15 +226,15 @@ def _windows(demands: Iterable[Demand], memory: int) -> Iterator[tuple[_Window, 
     size = 0
     for block, wanted in demands:
         parts = {(part.file, part.start, part.stop) for part in wanted if part.stop > part.start}
-        more = sum(stop - start for _, start, stop in parts - ranges)
+        more = sum(stop - start + 2 * PAGE for _, start, stop in parts - ranges)
         if blocks and size + more > memory:
-            yield _Window(list(_segments(ranges, memory)), len(blocks)), blocks
+            yield _Window(_segments(ranges, memory), len(blocks)), blocks
             ranges, blocks, size = set(), [], 0
         ranges |= parts
         blocks.append(block)
         size += more
     if blocks:
-        yield _Window(list(_segments(ranges, memory)), len(blocks)), blocks
+        yield _Window(_segments(ranges, memory), len(blocks)), blocks
 
 
 def _segments(ranges: Iterable[tuple[File, int, int]], memory: int) -> Iterator[Segment]:

@@ -104,6 +104,9 @@ def _run_threads(work: "_Work", inputs: OpenFiles, allotment: Allotment, strict:
             thread.start()
         for thread in threads:
             thread.join()
+    except BaseException:
+        inputs.stop()
+        raise
     finally:
         work.stop()
         for thread in threads:

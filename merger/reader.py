@@ -101,11 +101,19 @@ class OpenFiles:
     @contextmanager
     def serving(self, block: Hashable) -> Iterator[None]:
         """While a block is made: what is fetched for it stays until the end. Raises ReadFailed and SourceChanged."""
-        if self.ahead:
-            self.ahead.begin(block)
-        yield
-        if self.ahead:
+        if self.ahead is None:
+            yield
+            return
+        self.ahead.begin(block)
+        try:
+            yield
+        finally:
             self.ahead.done(block)
+
+    def stop(self) -> None:
+        """Let no thread wait for what is fetched ahead."""
+        if self.ahead:
+            self.ahead.close()
 
     def close(self) -> None:
         if self.ahead:

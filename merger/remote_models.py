@@ -9,6 +9,7 @@ from merger.checkpoint import Checkpoint, checkpoint_of
 from merger.errors import PickledWeights, SourceError
 from merger.storage.folder import PICKLES, ModelFolder, declared, open_place
 from merger.storage.hub import Access, HubFolder, branches, pinned
+from merger.storage.place import natural
 from merger.storage.reference import Reference, reference_of
 
 
@@ -57,7 +58,8 @@ def hub_step(reference: Reference) -> int | None:
 
 
 def hub_matches(text: str, access: Access) -> list[str]:
-    """The references that a pattern matches, over branches and tags or over folders.
+    """The references that a pattern matches, in natural order: over branches and tags, or over folders and files of
+    weights.
 
     Raises SourceError where nothing matches.
     """
@@ -65,7 +67,7 @@ def hub_matches(text: str, access: Access) -> list[str]:
     found = _revisions(pattern, access) if has_magic(pattern.revision) else _folders(pattern, access)
     if not found:
         raise SourceError("matches nothing on the Hub", where=f"checkpoints: {text}")
-    return [str(reference) for reference in found]
+    return sorted(map(str, found), key=natural)
 
 
 def _revisions(pattern: Reference, access: Access) -> list[Reference]:
@@ -80,6 +82,6 @@ def _folders(pattern: Reference, access: Access) -> list[Reference]:
     if has_magic(parent):
         raise SourceError("has a pattern before the last part of its folder", where=str(pattern))
     place = HubFolder(pinned(pattern, access), parent, str(pattern))
-    names = [name for name in place.matches(last) if not place.has(name)]
+    names = [name for name in place.matches(last) if not place.has(name) or name.endswith(".safetensors")]
     above = f"{parent}/" if parent else ""
     return [Reference(pattern.repository, pattern.revision, above + name) for name in names]

@@ -4,7 +4,6 @@ Knows the order of things; does none of them itself.
 """
 
 import gc
-import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from merger import gallery, kernels, publish
@@ -47,10 +45,8 @@ from merger.recipe import (
     size_in_bytes,
 )
 from merger.report import NONE, Figures, manifest, model_card, notices, page
-from merger.secret import Token
 from merger.sources import LocalSources
 from merger.storage.folder import read_json
-from merger.storage.hub import own_access
 from merger.uploads import Uploads
 from merger.verify import MANIFEST, Check, check_ranks, check_written
 
@@ -58,7 +54,7 @@ from merger.verify import MANIFEST, Check, check_ranks, check_written
 @dataclass(frozen=True)
 class Options:
     """How to run: bytes of memory for buffers, threads (None: twice the processors), whether warnings are refusals,
-    how surgery is proven, which remote files are downloaded whole, and the token for the Hub (None: the environment's).
+    how surgery is proven, and which remote files are downloaded whole.
     """
 
     memory: int = DEFAULT_MEMORY
@@ -66,7 +62,6 @@ class Options:
     strict: bool = False
     parity: Mode = "auto"
     cache: Cache = "auto"
-    token: Token | None = None
 
 
 class Progress(ABC):
@@ -108,7 +103,7 @@ class Outcome:
 
 def plan_of(document: Document, options: Options, sources: Sources | None = None) -> tuple[Plan, Allotment]:
     """Resolve a document and lay out its result; reads configs, headers and integer buffers. Raises RequestError."""
-    sources = sources or sources_of(options)
+    sources = sources or LocalSources()
     check_evaluations(document, sources)
     with _without_collector():
         checkpoint = resolve(document, sources)
@@ -152,11 +147,6 @@ def output_of(document: Document) -> Path:
     return Path(document.output.path).expanduser()
 
 
-def sources_of(options: Options) -> LocalSources:
-    """Where models are, for a person on this machine."""
-    return LocalSources(access=partial(own_access, options.token))
-
-
 def run(document: Document, options: Options, progress: Progress) -> Outcome:
     """Make the result of a document, going on after the last finished shard of an earlier run of the same plan.
 
@@ -166,11 +156,14 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
         output_of(document)  # refused first where there is none
     # While configs and headers are read. No daemon: ending the process while it compiles would crash it.
     threading.Thread(target=kernels.load).start()
-    sources = sources_of(options)
+    sources = LocalSources()
     destination = destination_of(document.output, sources.hub)
     evaluations = evaluations_of(document)
     if evaluations or is_open(document.recipe):
         check_installed(evaluations)
+    if destination and is_open(document.recipe):
+        destination.admit()
+        check_license(document, plan_of(document, options, sources)[0], destination)
     trainer = LocalTrainer(sources, progress.phase)
     with LocalJudge(sources, own_memory(), progress.phase) as judge:
         means = Means(sources, judge, trainer)
@@ -203,16 +196,17 @@ def _run(
         return _make(document, evidence, options, progress, means, plan, allotment, output_of(document))
     check_license(document, plan, destination)
     address = destination.check(plan)
-    if address and document.output.path is None:
-        return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)
     output = output_of(document) if document.output.path else staging_of(plan, destination)
+    if address and document.output.path:
+        outcome = _make(document, evidence, options, progress, means, plan, allotment, output)
+        return replace(outcome, published=address)
+    if address:
+        publish.remove_abandoned(output, plan)
+        return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)
     destination.prepare()
     with Uploads(output, destination, progress.phase) as uploads:
         outcome = _make(document, evidence, options, progress, means, plan, allotment, output, uploads)
-    if document.output.path is None:
-        shutil.rmtree(output)
-        return replace(outcome, output=None)
-    return outcome
+    return outcome if document.output.path else replace(outcome, output=None)
 
 
 def _make(
@@ -226,7 +220,7 @@ def _make(
     output: Path,
     uploads: Uploads | None = None,
 ) -> Outcome:
-    """Make the result in a folder, and publish it where there are `uploads`."""
+    """Make the result in a folder and publish it where there are `uploads`; a folder that nobody asked for goes."""
     if publish.is_complete(output, plan):
         receipts = publish.published(output)
         checks = check_written(plan, output, receipts)
@@ -249,7 +243,10 @@ def _make(
         checks += found
         complete(plan, output, receipts, checks, figures, evidence, picture)
         address = uploads.finish(plan, receipts) if uploads else None
-        publish.finish(output)
+        if document.output.path is None:
+            publish.remove(output)
+        else:
+            publish.finish(output)
     return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts), address)
 
 

@@ -4,17 +4,18 @@ may be read.
 Reads headers only.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from glob import glob, has_magic
 from pathlib import Path
 
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
 from merger.errors import ReadFailed, SourceError
 from merger.methods.method import Member, Method, Sources
+from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
-from merger.storage.hub import Access, own_access
+from merger.storage.hub import Access, access_for, own_access
+from merger.storage.place import natural
 from merger.storage.reference import SCHEME, looks_remote, reference_of
 from merger.storage.stores import in_store
 from merger.stored_objects import admit_location, open_in_store, store_matches, store_step
@@ -66,8 +67,7 @@ class LocalSources(Sources):
             members = tuple(self._member(source) for source in checkpoints)
         elif has_magic(checkpoints) and in_store(checkpoints):
             admit_location(checkpoints, self._stores)
-            found = sorted(store_matches(checkpoints), key=_natural)
-            members = tuple(Member(address, store_step(address)) for address in found)
+            members = tuple(Member(address, store_step(address)) for address in store_matches(checkpoints))
         elif has_magic(checkpoints) and self._is_remote(checkpoints):
             members = tuple(Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self.hub()))
         elif has_magic(checkpoints):
@@ -137,11 +137,7 @@ def _matches(pattern: str) -> list[str]:
     models = [path for path in found if Path(path).is_dir() or path.endswith(".safetensors")]
     if not models:
         raise SourceError("matches no folder", where=f"checkpoints: {pattern}", remedy=_nearest(pattern))
-    return sorted(models, key=_natural)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    return sorted(models, key=natural)
 
 
 def _nearest(pattern: str) -> str:
@@ -159,3 +155,9 @@ def _fixed_part(pattern: str) -> Path:
     while has_magic(str(folder)):
         folder = folder.parent
     return folder
+
+
+def sources_within(reach: Reach) -> LocalSources:
+    """The models within reach."""
+    access = own_access if reach.own_token else partial(access_for, reach.token)
+    return LocalSources(Roots(map(Path, reach.roots)), access, reach.stores)

@@ -12,6 +12,7 @@ from merger.checkpoint import Checkpoint, checkpoint_of
 from merger.errors import PickledWeights, SourceError
 from merger.storage.folder import PICKLES, ModelFolder, open_place
 from merger.storage.objects import ObjectFolder, object_at, weights_at
+from merger.storage.place import natural
 from merger.storage.stores import location_of
 
 _WEIGHTS = ".safetensors"
@@ -39,7 +40,8 @@ def store_step(text: str) -> int | None:
 
 
 def store_matches(text: str) -> list[str]:
-    """The addresses of the folders and safetensors files that a pattern in the last part of an address matches.
+    """The addresses of the folders and safetensors files that a pattern in the last part of an address matches, in
+    natural order.
 
     Raises SourceError where nothing matches.
     """
@@ -51,7 +53,7 @@ def store_matches(text: str) -> list[str]:
     if not names:
         some = ", ".join(sorted(place.names)[:5])
         raise SourceError("matches nothing there", where=f"checkpoints: {text}", remedy=f"{place} holds {some}.")
-    return [str(pattern.above.at(name)) for name in names]
+    return [str(pattern.above.at(name)) for name in sorted(names, key=natural)]
 
 
 def admit_location(text: str, allowed: Collection[str] | None, where: str = "") -> None:

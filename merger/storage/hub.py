@@ -7,7 +7,7 @@ and nowhere else.
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from merger.errors import FormatError, JobError, ReadFailed, SourceError
+from merger.errors import FormatError, JobError, MergerError, ReadFailed, SourceError
 from merger.remote import Remote
 from merger.secret import Token
 from merger.storage import ranges, xet
@@ -62,9 +62,9 @@ class Access:
         return library().HfApi(endpoint=self.endpoint, token=token, library_name="merger")
 
 
-def own_access(token: Token | None = None) -> Access:
-    """The Hub that the environment names, with a given token, else with the one of the environment or of a login."""
-    found = library().get_token() if token is None else token.reveal()
+def own_access() -> Access:
+    """The Hub that the environment names, with the token of the environment or of a login."""
+    found = library().get_token()
     return Access(library().constants.ENDPOINT, Token(found) if found else None)
 
 
@@ -94,6 +94,7 @@ def explained(where: str) -> Iterator[None]:
     """The library's exceptions as our own. Raises SourceError, ReadFailed and Again."""
     from huggingface_hub import errors  # noqa: PLC0415
 
+    failure: BaseException | None = None
     try:
         yield
     except errors.GatedRepoError as error:
@@ -110,20 +111,34 @@ def explained(where: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError("has no such revision", where=where, remedy="Check the branch, tag or commit.") from error
+    except errors.LocalEntryNotFoundError as error:  # it was looked for in the cache because the Hub gave no answer
+        failure = error.__cause__ or ConnectionError(str(error))
     except errors.EntryNotFoundError as error:
         raise SourceError("has no such file or folder", where=where) from error
     except errors.HfHubHTTPError as error:
-        answer = error.response
-        if answer is None or answer.status_code in PASSING:
-            raise Again(str(error), asked_delay(answer.headers) if answer is not None else None) from error
-        if answer.status_code in (401, 403):
-            message = answer.headers.get("x-error-message") or "the token may not do that"
-            raise SourceError(f"HTTP {answer.status_code}: {message}", where=where) from error
-        raise ReadFailed(f"HTTP {answer.status_code}: {error}", where=where) from error
-    except (httpx2.ConnectError, errors.OfflineModeIsEnabled) as error:
+        raise _of_answer(error.response, where, str(error)) from error
+    except errors.OfflineModeIsEnabled as error:
+        remedy = "Unset HF_HUB_OFFLINE."
+        raise SourceError("may not be asked for: huggingface_hub is offline", where=where, remedy=remedy) from error
+    except httpx2.ConnectError as error:
         raise Again(f"the Hub cannot be reached ({error})", tries=2) from error
-    except (httpx2.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (httpx2.HTTPError, errors.FileMetadataError, ConnectionError) as error:
         raise Again(f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise ReadFailed(f"cannot be stored: {error.strerror}", where=str(error.filename or where)) from error
+    if failure:
+        with explained(where):
+            raise failure
+
+
+def _of_answer(answer: httpx2.Response | None, where: str, says: str) -> MergerError | Again:
+    if answer is None or answer.status_code in PASSING:
+        return Again(says, asked_delay(answer.headers) if answer is not None else None)
+    if answer.status_code in (401, 403):
+        message = answer.headers.get("x-error-message") or "the token may not do that"
+        remedy = "Give another token (--token or HF_TOKEN), or log in again: hf auth login."
+        return SourceError(f"HTTP {answer.status_code}: {message}", where=where, remedy=remedy)
+    return ReadFailed(f"HTTP {answer.status_code}: {says}", where=where)
 
 
 # ---- files --------------------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ class HubFile(Remote):
             xet.fetch(repository, self.xet_hash, self.address, self.size, start, into)
             return
         if self.resolved:
-            ranges.ADDRESSES.learn(self.url, self.resolved)
+            ranges.ADDRESSES.learn(self.url, self.access.token, self.resolved)
         ranges.fetch(self.url, self.access.token, self.size, start, into)
 
     def download(self) -> Path:
@@ -169,11 +184,14 @@ class HubFile(Remote):
         token = self.access.token.reveal() if self.access.token else False
 
         def load() -> str:
-            return str(
-                library().hf_hub_download(
-                    self.repository, self.path, revision=self.commit, endpoint=self.access.endpoint, token=token
+            try:
+                return str(
+                    library().hf_hub_download(
+                        self.repository, self.path, revision=self.commit, endpoint=self.access.endpoint, token=token
+                    )
                 )
-            )
+            except RuntimeError as error:  # of hf_xet
+                raise Again(str(error)) from error
 
         path = Path(asked(load, self.address))
         _check_once(path, self)
@@ -181,7 +199,7 @@ class HubFile(Remote):
 
     def __getstate__(self) -> dict[str, Any]:
         """With the address that this process knows, so that the next one need not ask for it."""
-        known = ranges.ADDRESSES.known(self.url) or self.resolved
+        known = ranges.ADDRESSES.known(self.url, self.access.token) or self.resolved
         shared = known if known and known.token is None else None
         return {**self.__dict__, "resolved": shared}
 
@@ -207,11 +225,12 @@ def _check_once(path: Path, file: HubFile) -> None:
     if found != (file.sha256 or file.git_sha1):
         raise ReadFailed(
             f"is not the file that the Hub has at {file.address}",
-            where=str(path),
+            where=str(path.resolve()),  # a link to it would lead there again
             remedy="The cache is damaged: remove that file and run again.",
         )
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(seen)
+    with suppress(OSError):  # a cache that may only be read
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(seen)
 
 
 def _sha256(path: Path) -> str:
@@ -249,6 +268,8 @@ def pinned(reference: Reference, access: Access) -> Repository:
             where=str(reference),
             remedy="Write the new name, if that is the model you mean: old names can be taken over by others.",
         )
+    if info.gated:
+        asked(lambda: access.api().auth_check(reference.repository), str(reference))
     return Repository(info.id, info.sha, bool(info.gated), access)
 
 

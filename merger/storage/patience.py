@@ -1,6 +1,7 @@
 """How long a server that fails is asked again. Knows delays and answers that may pass, not what is asked."""
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -59,10 +60,10 @@ def persist(ask: Callable[[], T], where: str, failure: type[JobError] = ReadFail
 
 
 def asked_delay(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an answer asks to wait: `Retry-After`, or `t` of the Hub's `RateLimit: "api";r=0;t=42`."""
-    fields = [headers.get("retry-after", ""), *headers.get("ratelimit", "").replace(" ", "").split(";")]
-    for field in fields:
-        text = field.removeprefix("t=")
-        if text.isdigit() and (field.startswith("t=") or field is fields[0]):
-            return float(text)
-    return None
+    """The seconds that an answer asks to wait: `Retry-After`, or `t` of the Hub's `RateLimit: "api";r=0;t=42`, which
+    means only where no request remains (`r`): other answers have that header too.
+    """
+    limits = headers.get("ratelimit", "").replace(" ", "").split(",")
+    spent = (re.fullmatch(r".*;r=0;t=(\d+)", limit) for limit in limits)
+    asked = [headers.get("retry-after", ""), *(found[1] for found in spent if found)]
+    return next((float(seconds) for seconds in asked if seconds.isdecimal()), None)

@@ -1,5 +1,6 @@
 """A folder of files, on this disk or elsewhere. Knows names, sizes and small files; knows nothing of models."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ class WeightFile:
     path: Path | Remote
     mtime_ns: int
     header: Header
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by: step-9 before step-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 class Place(ABC):

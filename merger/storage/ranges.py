@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -25,7 +25,7 @@ from merger.storage.patience import PASSING, Again, Patience, asked_delay
 _TIMEOUT = urllib3.Timeout(connect=15.0, read=30.0)  # seconds of silence
 _SLOWEST = 64 << 10  # bytes a second; a connection that gives less is given up
 _GRACE = 30.0  # seconds
-_PIECE = 1 << 20  # bytes that are waited for at once
+_PIECE = 256 << 10  # bytes that are taken at once, fewer where fewer have come
 _EXPIRED = {400, 401, 403, 404, 410}  # what storage answers to an address that is no longer good
 _REDIRECTS = 5
 
@@ -39,29 +39,32 @@ class Address:
 
 
 class Addresses:
-    """The addresses of this process's files, by the URL that they are resolved from. Safe for threads."""
+    """The addresses of this process's files, by the URL that they are resolved from and the token that may: what one
+    token opens is closed to the others. Safe for threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
-        self._known: dict[str, Address] = {}
+        self._locks: dict[tuple[str, Token | None], threading.Lock] = {}
+        self._known: dict[tuple[str, Token | None], Address] = {}
 
-    def known(self, url: str) -> Address | None:
+    def known(self, url: str, token: Token | None) -> Address | None:
         """The address of a file, if it was resolved already."""
-        return self._known.get(url)
+        return self._known.get((url, token))
 
-    def learn(self, url: str, address: Address) -> None:
+    def learn(self, url: str, token: Token | None, address: Address) -> None:
         """Take what another process resolved, unless this one knows better."""
-        self._known.setdefault(url, address)
+        self._known.setdefault((url, token), address)
 
     def of(self, url: str, token: Token | None, useless: Address | None = None) -> Address:
         """The address of a file, resolved anew where all that is known is the `useless` one. Raises Again."""
+        key = url, token
         with self._lock:
-            lock = self._locks.setdefault(url, threading.Lock())
+            lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            known = self._known.get(url)
+            known = self._known.get(key)
             if known is None or known == useless:
-                known = self._known[url] = _resolve(url, token)
+                known = self._known[key] = _resolve(url, token)
             return known
 
 
@@ -73,14 +76,22 @@ _CONNECTIONS = 64  # to one host
 
 def _pool(url: str) -> urllib3.PoolManager:
     """The connections of this process to a host, through the proxy that the environment names for it."""
-    target = parse_url(url)
-    proxy = "" if proxy_bypass(target.host or "") else getproxies().get(target.scheme or "", "")
+    target, proxies = parse_url(url), getproxies()
+    proxy = "" if proxy_bypass(target.host or "") else proxies.get(target.scheme or "") or proxies.get("all", "")
     with _POOLS_LOCK:
         key = (os.getpid(), proxy)
         if key not in _POOLS:
             options: dict[str, Any] = {"timeout": _TIMEOUT, "retries": False, "maxsize": _CONNECTIONS}
-            _POOLS[key] = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+            _POOLS[key] = _through(proxy, options) if proxy else urllib3.PoolManager(**options)
         return _POOLS[key]
+
+
+def _through(proxy: str, options: Mapping[str, Any]) -> urllib3.ProxyManager:
+    """Connections through a proxy, with the user and the password that its address may hold."""
+    address = proxy if "://" in proxy else f"http://{proxy}"
+    auth = parse_url(address).auth
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(auth)) if auth else None
+    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
 
 
 def _ask(method: str, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
@@ -91,13 +102,22 @@ def _ask(method: str, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPR
     )
 
 
+def _give_back(answer: urllib3.BaseHTTPResponse) -> None:
+    """Let the next request have the connection where the answer was read to its end, else close it."""
+    if answer.length_remaining == 0:
+        answer.drain_conn()  # notes the end
+        answer.release_conn()
+    else:
+        answer.close()  # what is left of it would be taken for the next answer
+
+
 def _resolve(url: str, token: Token | None) -> Address:
     """Follow redirects: with the token on the same host, without on any other."""
     here = url
     for _ in range(_REDIRECTS):
         try:
             answer = _ask("HEAD", here, _authorization(token))
-            answer.release_conn()
+            _give_back(answer)
         except HTTPError as error:
             raise Again(f"{type(error).__name__}: {error}") from error
         if answer.status == 200:
@@ -168,16 +188,14 @@ def _pieces(url: str, address: Address, size: int, start: int, into: memoryview)
         answer = _ask("GET", address.url, headers)
         try:
             _check_answer(url, address, answer, size, start, start + len(into))
-            while done < len(into) and (count := answer.readinto(into[done : done + _PIECE])):
-                done += count
-                yield count
+            while done < len(into) and (piece := answer.read1(min(_PIECE, len(into) - done))):
+                into[done : done + len(piece)] = piece
+                done += len(piece)
+                yield len(piece)
                 if time.monotonic() - began > _GRACE + done / _SLOWEST:
                     raise Again(f"{done:,} bytes in {time.monotonic() - began:.0f} s")
         finally:
-            if done == len(into):
-                answer.release_conn()
-            else:
-                answer.close()  # what is left of it would be taken for the next answer
+            _give_back(answer)
     except HTTPError as error:
         raise Again(f"{type(error).__name__}: {error}") from error
     if done < len(into):
@@ -195,8 +213,8 @@ def _check_answer(
         if answer.status in _EXPIRED and address.token is None:
             raise _Expired(answer.status)
         raise _failure(url, answer)
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("content-range", ""))
+    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", answer.headers.get("content-range", ""))
+    if found and found[3] not in ("*", str(size)):
+        raise SourceChanged(f"has {int(found[3]):,} bytes, {size:,} were planned", where=url)
     if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
         raise Again("the server sends another range than was asked for")
-    if found[3] not in ("*", str(size)):
-        raise SourceChanged(f"has {found[3]} bytes, {size:,} were planned", where=url)

@@ -88,6 +88,13 @@ def model_at(site: Site, request: Request, repo: str, revision: str) -> Answer:
     return answer_json(_described(found, found.head(revision), request))
 
 
+@routes("GET", f"{MODEL}/auth-check")
+def auth_check(site: Site, request: Request, repo: str) -> Answer:
+    """Whether the token may read the contents."""
+    site.reader(request, repo, contents=True)
+    return answer_json({})
+
+
 def _described(repo: Repo, head: Commit, request: Request) -> dict[str, Any]:
     blobs = request.query.get("blobs", "").lower() in ("1", "true")
     card = _card(head)
