@@ -7,7 +7,11 @@ from cryptography.fernet import Fernet
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from merger.errors import SourceError
+from merger.storage.stores import location_of
+
 Folders = Annotated[tuple[Path, ...], NoDecode]
+Addresses = Annotated[tuple[str, ...], NoDecode]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 
 # How a person makes a key for `secret_keys`.
@@ -37,6 +41,10 @@ class Settings(BaseSettings):
     working_folder: Path = Field(default=Path(), description="What relative paths in recipes are relative to.")
     source_roots: Folders = Field(default=(), description="Folders below which models may be read, colon-separated.")
     output_roots: Folders = Field(default=(), description="Folders below which results go, colon-separated.")
+    object_roots: Addresses = Field(
+        default=(),
+        description="Addresses below which object stores may be used, comma-separated: s3://team/. None without.",
+    )
 
     max_running: int = Field(default=2, ge=1, description="Jobs that run at once.")
     max_attempts: int = Field(default=5, ge=1, description="Attempts before a job fails.")
@@ -57,9 +65,19 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value
 
-    @field_validator("secret_keys", mode="before")
+    @field_validator("object_roots")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _see_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            try:
+                location_of(address)
+            except SourceError as error:
+                raise ValueError(str(error)) from None
+        return addresses
+
+    @field_validator("secret_keys", "object_roots", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("secret_keys")

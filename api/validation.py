@@ -21,6 +21,8 @@ from merger.run import Options, output_of, plan_of
 from merger.secret import Token
 from merger.sources import LocalSources, Roots
 from merger.storage.hub import access_for
+from merger.storage.stores import in_store
+from merger.stored_objects import admit_location
 from workers.resources import TaskSize, measuring_request, request_for, training_request
 
 Recipe = str | Mapping[str, Any]
@@ -51,7 +53,9 @@ def validate(
     document = document_of(recipe)
     output = _output_of(document, settings)
     _admit_output(output, settings)
-    sources = LocalSources(roots_of(settings), partial(access_for, hub_token))
+    if document.output.push and in_store(document.output.push):
+        admit_location(document.output.push, settings.object_roots, "output.push")
+    sources = LocalSources(roots_of(settings), partial(access_for, hub_token), settings.object_roots)
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
     if destination:

@@ -10,9 +10,11 @@ from merger.destination import Destination
 from merger.errors import RecipeError
 from merger.hub_destination import hub_destination
 from merger.licenses import Verdict, require_license, verdict
+from merger.object_destination import object_destination
 from merger.plan import Plan, read_again, remote_files
 from merger.recipe import Document, Output
 from merger.storage.hub import Access
+from merger.storage.stores import in_store
 
 Cache = Literal["auto", "full"]
 
@@ -31,6 +33,10 @@ def destination_of(output: Output, access: Callable[[], Access]) -> Destination 
         if output.branch or output.create_pr:
             raise RecipeError("is missing: where to push to", where="output.push")
         return None
+    if in_store(output.push):
+        if output.branch or output.create_pr:
+            raise RecipeError("is of the Hub: object stores have no branches", where="output.push")
+        return object_destination(output.push)
     return hub_destination(
         output.push, access(), branch=output.branch, create_pr=output.create_pr, private=output.private
     )

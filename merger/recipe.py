@@ -45,7 +45,8 @@ class Output(BaseModel):
         description="The model whose config, tokenizer and other side files to take; the first source's without.",
     )
     push: str | None = Field(
-        default=None, description="Where to publish the result, in one step: hf://me/name on the Hub, which is made."
+        default=None,
+        description="Where to publish the result, in one step: hf://me/name on the Hub, which is made, or s3://bucket/folder.",
     )
     branch: str | None = Field(default=None, description="The branch to push to, which is made; main without.")
     create_pr: bool = Field(default=False, description="Whether to open a pull request instead of committing.")

@@ -15,10 +15,12 @@ import merger
 from merger.assessment import Evidence
 from merger.checkpoint import Part, parents_of, root_of
 from merger.dtypes import DTYPES
+from merger.expression import File
 from merger.licenses import verdict
 from merger.lineage import front_matter
 from merger.plan import Plan
 from merger.receipt import Receipt
+from merger.remote import Remote
 from merger.verify import Check
 
 _TEMPLATES = jinja2.Environment(
@@ -103,9 +105,15 @@ def _source(part: Part) -> dict[str, Any]:
         "step": source.step,
         "weight": part.weight,
         "files": [
-            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256} for file in source.files
+            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256, **_pinned(file)}
+            for file in source.files
         ],
     }
+
+
+def _pinned(file: File) -> dict[str, str]:
+    """Where a file elsewhere was read, as it was then."""
+    return {"address": file.path.address} if isinstance(file.path, Remote) else {}
 
 
 def model_card(plan: Plan, evidence: Evidence = NONE, *, picture: str = "", extra_tags: Iterable[str] = ()) -> str:

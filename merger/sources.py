@@ -1,9 +1,10 @@
-"""Where a recipe's checkpoints are: references and patterns to folders here or on the Hub, and which may be read.
+"""Where a recipe's checkpoints are: references and patterns to folders here, on the Hub or in object stores, and which
+may be read.
 
 Reads headers only.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, partial
 from glob import glob, has_magic
 from pathlib import Path
@@ -16,6 +17,8 @@ from merger.remote_models import hub_matches, hub_step, open_on_hub
 from merger.storage.hub import Access, access_for, own_access
 from merger.storage.place import natural
 from merger.storage.reference import SCHEME, looks_remote, reference_of
+from merger.storage.stores import in_store
+from merger.stored_objects import admit_location, open_in_store, store_matches, store_step
 
 
 class Roots:
@@ -43,18 +46,28 @@ class Roots:
 
 
 class LocalSources(Sources):
-    """Models in local folders below `roots`, models on the Hub, and recipes within the recipe. `access` says which Hub,
-    with which token, when it is first needed (the environment's without).
+    """Models in local folders below `roots`, models on the Hub, models in object stores below one of the addresses in
+    `stores` (None: in any), and recipes within the recipe. `access` says which Hub, with which token, when it is first
+    needed (the environment's without).
     """
 
-    def __init__(self, roots: Roots | None = None, access: Callable[[], Access] | None = None) -> None:
+    def __init__(
+        self,
+        roots: Roots | None = None,
+        access: Callable[[], Access] | None = None,
+        stores: Collection[str] | None = None,
+    ) -> None:
         self._roots = roots or Roots()
+        self._stores = stores
         self.hub = cache(access or own_access)
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
         if not isinstance(checkpoints, str):
             members = tuple(self._member(source) for source in checkpoints)
+        elif has_magic(checkpoints) and in_store(checkpoints):
+            admit_location(checkpoints, self._stores)
+            members = tuple(Member(address, store_step(address)) for address in store_matches(checkpoints))
         elif has_magic(checkpoints) and self._is_remote(checkpoints):
             members = tuple(Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self.hub()))
         elif has_magic(checkpoints):
@@ -69,6 +82,9 @@ class LocalSources(Sources):
     def _member(self, source: str | Method) -> Member:
         if not isinstance(source, str):
             return Member(source, None)
+        if in_store(source):
+            admit_location(source, self._stores)
+            return Member(source, store_step(source))
         if self._is_remote(source):
             return Member(source, hub_step(reference_of(source)))
         self._roots.admit(Path(source).expanduser(), source)
@@ -93,6 +109,9 @@ class LocalSources(Sources):
         return not (self._roots.holds(path) and path.exists())
 
     def _open(self, reference: str) -> Checkpoint:
+        if in_store(reference):
+            admit_location(reference, self._stores)
+            return open_in_store(reference)
         if self._is_remote(reference):
             return self._open_on_hub(reference)
         folder = Path(reference).expanduser()
@@ -141,4 +160,4 @@ def _fixed_part(pattern: str) -> Path:
 def sources_within(reach: Reach) -> LocalSources:
     """The models within reach."""
     access = own_access if reach.own_token else partial(access_for, reach.token)
-    return LocalSources(Roots(map(Path, reach.roots)), access)
+    return LocalSources(Roots(map(Path, reach.roots)), access, reach.stores)

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.object_server.fixtures import bucket, object_server
+
+__all__ = ["bucket", "llama_run", "object_server"]
+
 # Nobody's Hub, for this process and for those that it starts: a test that wants one starts its own.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ.pop("HF_TOKEN", None)

@@ -53,6 +53,7 @@ class Order:
     output: str
     working_folder: str
     source_roots: tuple[str, ...]
+    object_roots: tuple[str, ...]
     task_cpus: float
     task_memory: int
     heartbeat_seconds: float
@@ -66,8 +67,9 @@ class Order:
 
 def order_of(content: Mapping[str, Any]) -> Order:
     """The order that was sent so."""
-    roots, token = tuple(content["source_roots"]), content.get("hub_token")
-    return Order(**{**content, "source_roots": roots, "hub_token": Token(token) if token else None})
+    roots = {name: tuple(content[name]) for name in ("source_roots", "object_roots")}
+    token = content.get("hub_token")
+    return Order(**{**content, **roots, "hub_token": Token(token) if token else None})
 
 
 class Api:

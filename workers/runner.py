@@ -196,11 +196,14 @@ class Attempt:
         return self._judge
 
     def _all(self, document: Document) -> Reach:
-        """What may be read: below the roots, what this very job makes, and the Hub with the job's own token."""
+        """What may be read: below the roots, what this very job makes, object stores below their roots, and the Hub
+        with the job's own token.
+        """
         roots = [Path(root) for root in self._order.source_roots]
         own = [folder for part in all_of(document.recipe) for folder in part.folders()]
         whole = [*roots, *own, self._staging.output.parent.absolute()] if roots else []
-        return Reach(tuple(map(str, whole)), own_token=False, token=self._hub_token)
+        stores = self._order.object_roots
+        return Reach(tuple(map(str, whole)), own_token=False, token=self._hub_token, stores=stores)
 
     def _already_published(self, plan: Plan, destination: Destination | None) -> dict[str, Any]:
         """The result of an attempt that could not say any more that it had published."""

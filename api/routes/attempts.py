@@ -68,6 +68,7 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         output=found.output,
         working_folder=str(settings.working_folder.absolute()),
         source_roots=tuple(map(str, settings.source_roots)),
+        object_roots=settings.object_roots,
         task_cpus=settings.task_cpus,
         task_memory=settings.task_memory,
         heartbeat_seconds=settings.heartbeat_seconds,

@@ -21,12 +21,11 @@ from merger.remote import Remote
 from merger.secret import Token
 from merger.storage import ranges, xet
 from merger.storage.patience import PASSING, Again, asked_delay, persist
-from merger.storage.place import Place, WeightFile
+from merger.storage.place import Place, WeightFile, beginning_of
 from merger.storage.reference import Reference
 from merger.storage.safetensors import header_of
 
 T = TypeVar("T")
-_HEAD = 128 << 10  # bytes that are read first: they hold most headers
 _CHUNK = 8 << 20
 _LARGEST_INDEX = 64 << 20  # bytes
 _TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 60.0}  # seconds
@@ -316,7 +315,7 @@ class HubFolder(Place):
 
     def weights(self, name: str) -> WeightFile:
         file = self.file(name)
-        return WeightFile(file, 0, header_of(file.address, file.size, _beginning(file)))
+        return WeightFile(file, 0, header_of(file.address, file.size, beginning_of(file, file.size)))
 
 
 def _tree(repository: Repository, folder: str, label: str) -> list[Any]:
@@ -325,24 +324,6 @@ def _tree(repository: Repository, folder: str, label: str) -> list[Any]:
         lambda: list(api.list_repo_tree(repository.name, path_in_repo=folder or None, revision=repository.commit)),
         label,
     )
-
-
-def _beginning(file: HubFile) -> Callable[[int], bytes]:
-    """Reads a file from its start, piece by piece, most often with one request."""
-    have = bytearray()
-    taken = 0
-
-    def read(count: int) -> bytes:
-        nonlocal taken
-        stop = min(file.size, taken + count)
-        if stop > len(have):
-            more = bytearray(min(file.size, max(_HEAD, stop)) - len(have))
-            file.fetch(len(have), memoryview(more))
-            have.extend(more)
-        taken, piece = stop, bytes(have[taken:stop])
-        return piece
-
-    return read
 
 
 def branches(reference: Reference, access: Access) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -11,6 +11,8 @@ from pathlib import Path
 from merger.errors import SourceError
 from merger.remote import Remote
 from merger.storage.safetensors import Header, read_header
+
+_HEAD = 128 << 10  # bytes of a file elsewhere that are read first: they hold most headers
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,21 @@ def local_weights(path: Path) -> WeightFile:
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
     return WeightFile(path, time, read_header(path))
+
+
+def beginning_of(file: Remote, size: int) -> Callable[[int], bytes]:
+    """Reads a file of `size` bytes from its start, piece by piece, most often with one request."""
+    have = bytearray()
+    taken = 0
+
+    def read(count: int) -> bytes:
+        nonlocal taken
+        stop = min(size, taken + count)
+        if stop > len(have):
+            more = bytearray(min(size, max(_HEAD, stop)) - len(have))
+            file.fetch(len(have), memoryview(more))
+            have.extend(more)
+        taken, piece = stop, bytes(have[taken:stop])
+        return piece
+
+    return read

@@ -17,6 +17,19 @@ def test_folders_are_separated_by_colons(monkeypatch: pytest.MonkeyPatch) -> Non
     assert settings.lease_seconds == 3.5
 
 
+def test_addresses_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().object_roots == ()
+    monkeypatch.setenv("MERGER_OBJECT_ROOTS", "s3://team/, gs://other/models,")
+    assert Settings().object_roots == ("s3://team/", "gs://other/models")
+
+
+@pytest.mark.parametrize("wrong", ["team", "s3://", "s3://*/"])
+def test_addresses_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("MERGER_OBJECT_ROOTS", f"s3://team/,{wrong}")
+    with pytest.raises(ValidationError, match="object_roots"):
+        Settings()
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGER_API_KEY", "mk_secret")
     monkeypatch.setenv("MERGER_RAY_TOKEN", "ray_secret")

@@ -47,6 +47,7 @@ ORDER = {
     "output": "/out",
     "working_folder": "/",
     "source_roots": ["/a"],
+    "object_roots": ["s3://team/"],
     "task_cpus": 1.0,
     "task_memory": 1,
     "heartbeat_seconds": 0.01,
@@ -66,7 +67,8 @@ def reporter(words: queue.SimpleQueue[Word]) -> Callable[[ScriptedApi], Reporter
 def test_a_claim_gives_the_order_and_the_token_that_is_used_from_then_on() -> None:
     scripted = ScriptedApi(httpx2.Response(200, json={"token": "secret", "order": ORDER}), go_on())
     api = scripted.api()
-    assert api.claim("code").source_roots == ("/a",)
+    order = api.claim("code")
+    assert (order.source_roots, order.object_roots) == (("/a",), ("s3://team/",))
     assert api.ask_to_publish() is Word.GO_ON
     assert scripted.tokens == ["", "Bearer secret"]
     assert scripted.asked[0][1]["claim"] == "code"
