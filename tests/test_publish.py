@@ -12,7 +12,7 @@ from merger.checkpoint import open_checkpoint
 from merger.engine import write_shards
 from merger.errors import OutputOccupied
 from merger.plan import Plan, make_plan
-from merger.publish import check_free, complete, discard, finished_shards, is_complete, published, taken
+from merger.publish import check_free, complete, discard, finish, finished_shards, is_complete, published, taken
 from merger.report import manifest
 from tests.checkpoints import write_model
 
@@ -74,6 +74,8 @@ def test_a_result_is_complete_when_everything_is_in_place(plan, output):
         assert [receipt.file for receipt in receipts] == [shard.name for shard in plan.shards]
         assert not is_complete(output, plan)
         complete(output, plan, {"README.md": "card"}, manifest(plan, receipts))
+        assert not is_complete(output, plan)  # it may have to be pushed yet
+        finish(output)
     assert is_complete(output, plan)
     assert sorted(path.name for path in output.iterdir() if "model-" not in path.name) == [
         "README.md",
