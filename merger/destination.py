@@ -34,12 +34,23 @@ class Destination(ABC):
     def name(self) -> str:
         """What people call it: `hf://me/moe`. Nothing secret."""
 
+    def admit(self) -> None:
+        """See that it can be written to, as far as that shows before anything is known of the result.
+
+        Raises SourceError. Writes nothing.
+        """
+        return
+
     @abstractmethod
     def check(self, plan: Plan) -> str | None:
         """The address of this very plan's result where it is published already, None where there is room for it.
 
         Raises OutputOccupied where something else is there, SourceError where it cannot be written to. Writes nothing.
         """
+
+    def is_public(self) -> bool:
+        """Whether anybody may see what is published there. Raises SourceError."""
+        return False
 
     @abstractmethod
     def prepare(self) -> None:
@@ -80,10 +91,14 @@ def landed_in(folder: Path, destination: Destination) -> dict[str, Landed]:
 
 
 def uploaded(folder: Path, name: str, destination: Destination) -> Landed:
-    """Upload a shard of `folder`, unless it has landed already, and note that it has. Raises WriteFailed."""
+    """Upload a shard of `folder`, unless it has landed already, and note that it has while the work goes on.
+
+    Raises WriteFailed.
+    """
     known = landed_in(folder, destination).get(name)
     if known and known.size == (folder / name).stat().st_size:
         return known
     landed = destination.upload(folder / name)
-    write_atomically(note_of(folder, name), json.dumps(asdict(landed)).encode())
+    if (folder / FOLDER).is_dir():
+        write_atomically(note_of(folder, name), json.dumps(asdict(landed)).encode())
     return landed

@@ -6,7 +6,9 @@ Whether that commit happened is never guessed: the branch is looked at, before i
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,16 +17,20 @@ from typing import Any
 from merger.destination import Destination, Landed
 from merger.errors import OutputOccupied, ReadFailed, RecipeError, SourceError, WriteFailed
 from merger.plan import Plan
-from merger.receipt import FOLDER
 from merger.storage.hub import Access, HubFolder, Repository, asked, explained, library
-from merger.storage.patience import Again, Patience
+from merger.storage.patience import Again, Patience, persist
 from merger.storage.reference import reference_of
 from merger.verify import MANIFEST
 
 # What may stand in a repository before the result comes: what the Hub puts there, and a card.
 _HARMLESS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+# What makes a model: of another one it would be loaded beside the new one, or instead of it.
+_MODEL = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.index.json"),
+    *("config.json", "adapter_config.json", "*.py"),
+)
 _MAIN = "main"
+_TOKEN = "Give a token that may write there, with --token or HF_TOKEN, or log in with one: hf auth login."
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,24 @@ class HubDestination(Destination):
     def name(self) -> str:
         return f"hf://{self.repository}{'' if self.branch == _MAIN else f'@{self.branch}'}"
 
+    def admit(self) -> None:
+        self._check_rights(self._head(_MAIN) is not None)
+
     def check(self, plan: Plan) -> str | None:
-        if self._head(_MAIN) is None:
-            self._check_namespace()
-            return None
-        return self._published(plan, self._head(self.branch))
+        exists = self._head(_MAIN) is not None
+        found = self._published(plan, self._head(self.branch)) if exists else None
+        if found is None:
+            self._check_rights(exists)
+        return found
+
+    def is_public(self) -> bool:
+        info = self._info(_MAIN)
+        return not (info.private if info else self.private)
 
     def prepare(self) -> None:
         api = self.access.api()
-        asked(lambda: api.create_repo(self.repository, private=self.private, exist_ok=True), self.name, WriteFailed)
+        if self._head(_MAIN) is None:  # asking to make one that is there takes rights that a pull request needs not
+            asked(lambda: api.create_repo(self.repository, private=self.private, exist_ok=True), self.name, WriteFailed)
         if self._head(self.branch) is None:
             asked(lambda: api.create_branch(self.repository, branch=self.branch, exist_ok=True), self.name, WriteFailed)
 
@@ -57,21 +72,22 @@ class HubDestination(Destination):
         addition = library().CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path))
         api = self.access.api()
 
-        def send() -> None:
-            try:
-                api.preupload_lfs_files(
-                    self.repository, [addition], revision=self._revision, free_memory=False, num_threads=1
-                )
-            except RuntimeError as error:  # of hf_xet
-                raise Again(str(error)) from error
+        where = f"{self.name}: {path.name}"
 
-        asked(send, f"{self.name}: {path.name}", WriteFailed)
+        def send() -> None:
+            with _sending(where):
+                api.preupload_lfs_files(
+                    self.repository,
+                    [addition],
+                    revision=self.branch,
+                    create_pr=self.create_pr,
+                    free_memory=False,
+                    num_threads=1,
+                )
+
+        persist(send, where, WriteFailed)
         info = addition.upload_info
         return Landed(path.name, info.size, info.sha256.hex(), self.name, addition._upload_mode)
-
-    @property
-    def _revision(self) -> str | None:
-        return None if self.create_pr else self.branch
 
     def publish(self, folder: Path, plan: Plan, landed: Mapping[str, Landed]) -> str:
         patience = Patience(self.name, WriteFailed)
@@ -81,10 +97,12 @@ class HubDestination(Destination):
                 found = self._published(plan, head)
                 if found:
                     return found
-                with explained(self.name):
+                with _sending(self.name):
                     return self._commit(folder, plan, landed, head)
-            except (Again, _SomebodyElse) as failure:
-                patience.spend(failure if isinstance(failure, Again) else Again("somebody else has committed"))
+            except _Forgotten:
+                landed = {}
+            except Again as failure:
+                patience.spend(failure)
             except ReadFailed as error:
                 raise WriteFailed(error.message, where=self.name) from error
 
@@ -104,43 +122,50 @@ class HubDestination(Destination):
                 parent_commit=head,
             )
         except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code == 412:
-                raise _SomebodyElse from error
+            status = error.response.status_code if error.response is not None else None
+            if status == 412:
+                raise Again("somebody else has committed") from error
+            if status == 400 and landed:
+                raise _Forgotten from error
             raise
-        except RuntimeError as error:  # of hf_xet
-            raise Again(str(error)) from error
         return str(info.pr_url or info.commit_url)
 
     # ---- what is there ------------------------------------------------------------------------------------
 
     def _head(self, branch: str) -> str | None:
         """The commit that a branch points to; None where there is no such repository or branch."""
+        info = self._info(branch)
+        return str(info.sha) if info else None
+
+    def _info(self, branch: str) -> Any:
+        """What the Hub tells of the repository at a branch; None where there is no such repository or branch."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError  # noqa: PLC0415
 
-        def look() -> str | None:
+        def look() -> Any:
             try:
                 info = self.access.api().model_info(self.repository, revision=branch)
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 return None
             if info.id != self.repository:
                 raise SourceError(f"was renamed to {info.id}", where=self.name, remedy="Write the new name.")
-            return str(info.sha)
+            return info
 
         return asked(look, self.name)
 
-    def _check_namespace(self) -> None:
-        """See that the token may make the repository, as far as its account tells."""
+    def _check_rights(self, exists: bool) -> None:
+        """See that the token may write there, as far as its account tells. Raises SourceError."""
         if self.access.token is None:
-            raise SourceError(
-                "needs a token that may write there",
-                where=self.name,
-                remedy="Give one with --token or HF_TOKEN, or log in: hf auth login.",
-            )
+            raise SourceError("needs a token that may write there", where=self.name, remedy=_TOKEN)
         who = asked(self.access.api().whoami, self.name)
+        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise SourceError(f"the token of {who['name']} may only read", where=self.name, remedy=_TOKEN)
         namespaces = [who["name"], *(group["name"] for group in who.get("orgs", []))]
-        if self.repository.partition("/")[0] not in namespaces:
+        anybody = exists and self.create_pr  # whoever may read a repository may open a pull request
+        if self.repository.partition("/")[0] not in namespaces and not anybody:
             raise SourceError(
-                f"is outside of what the token of {who['name']} may write to: {', '.join(namespaces)}", where=self.name
+                f"is outside of what the token of {who['name']} may write to: {', '.join(namespaces)}",
+                where=self.name,
+                remedy=f"Push to one of these. {_TOKEN}",
             )
 
     def _published(self, plan: Plan, head: str | None) -> str | None:
@@ -192,15 +217,29 @@ class HubDestination(Destination):
         return f"{self.access.endpoint}/{self.repository}/discussions/{found[0].num}" if found else None
 
     def _deletions(self, head: str | None, names: set[str]) -> list[Any]:
-        """Weights of the model that a pull request or a branch replaces, which would stay beside the new ones."""
+        """What is left of the model that a pull request or a branch replaces."""
         if head is None or (self.branch == _MAIN and not self.create_pr):
             return []
-        stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _WEIGHTS)]
+        stale = [n for n in self._folder(head).names - names if any(fnmatchcase(n, pattern) for pattern in _MODEL)]
         return [library().CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
 
 
-class _SomebodyElse(Exception):
-    """The branch no longer points to the commit that it pointed to."""
+class _Forgotten(Exception):
+    """The Hub refuses a commit of uploads that landed: it removes those that no commit holds after some hours."""
+
+
+@contextmanager
+def _sending(where: str) -> Iterator[None]:
+    """What the library raises while it sends as our own. Raises Again, SourceError, ReadFailed and WriteFailed."""
+    try:
+        with explained(where):
+            yield
+    except json.JSONDecodeError as error:  # a page of whatever stands before the Hub
+        raise Again(f"an answer that is not JSON: {error}") from error
+    except ValueError as error:
+        raise WriteFailed(str(error), where=where) from error
+    except (RuntimeError, PermissionError, FileNotFoundError) as error:  # of uploads by LFS, and of hf_xet
+        raise Again(f"{error} {error.__cause__ or ''}".strip()) from error
 
 
 def _title(plan: Plan) -> str:
@@ -217,7 +256,7 @@ def _fingerprint(place: HubFolder) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     """The files of a finished result, without the traces of the work."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != FOLDER)
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _addition(folder: Path, path: Path, landed: Landed | None) -> Any:
@@ -238,6 +277,8 @@ def hub_destination(text: str, access: Access, *, branch: str | None, create_pr:
     reference = reference_of(text)
     if reference.folder:
         raise RecipeError("names a folder: a result takes a whole repository", where="output.push")
+    if re.fullmatch("[0-9a-f]{40}", reference.revision):
+        raise RecipeError("names a commit: a result goes onto a branch", where="output.push")
     if reference.revision != _MAIN and branch and branch != reference.revision:
         raise RecipeError(f"says another branch than `output.push`: {reference.revision}", where="output.branch")
     return HubDestination(reference.repository, access, branch or reference.revision, create_pr, private)

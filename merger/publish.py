@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def taken(output: Path, plan: Plan) -> Iterator[None]:
         raise WriteFailed(f"cannot be made: {error.strerror}", where=str(output)) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_there(output, lock)
         write_atomically(output / FOLDER / _PLAN, json.dumps({"fingerprint": plan.fingerprint}).encode())
         yield
     except BlockingIOError as error:
@@ -79,6 +80,16 @@ def taken(output: Path, plan: Plan) -> Iterator[None]:
         ) from error
     finally:
         os.close(lock)
+
+
+def _check_there(output: Path, lock: int) -> None:
+    """See that a lock is the folder's still: whoever held it before may have taken the folder away with it."""
+    try:
+        same = os.path.samestat(os.fstat(lock), (output / FOLDER / "lock").stat())
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise BlockingIOError
 
 
 def finished_shards(output: Path, plan: Plan) -> list[Receipt]:
@@ -116,6 +127,22 @@ def published(output: Path) -> list[Receipt]:
     manifest = read_json(output / MANIFEST)
     shards = [Receipt(fingerprint=manifest["fingerprint"], **shard) for shard in manifest["shards"]]
     return [replace(shards[0], non_finite=manifest["non_finite"]), *shards[1:]]
+
+
+def remove(output: Path) -> None:
+    """Take a folder away whose result is elsewhere by now; renamed first, so that nobody takes half of it for work."""
+    gone = output.with_name(f".{output.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    output.rename(gone)
+    shutil.rmtree(gone)
+
+
+def remove_abandoned(output: Path, plan: Plan) -> None:
+    """Take away what a killed run has left of a folder whose result is elsewhere, unless another run is at it."""
+    shutil.rmtree(output.with_name(f".{output.name}.gone"), ignore_errors=True)
+    if output.exists():
+        with suppress(OutputOccupied), taken(output, plan):
+            remove(output)
 
 
 def discard(output: Path, plan: Plan) -> None:

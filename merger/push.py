@@ -36,16 +36,15 @@ def destination_of(output: Output, access: Callable[[], Access]) -> Destination 
     )
 
 
-def judged(document: Document, plan: Plan) -> Verdict:
+def judged(plan: Plan, destination: Destination | None) -> Verdict:
     """On what terms the result may be passed on, to where the document says."""
-    push = document.output.push
-    name = push.partition("://")[2].partition("@")[0] if push else None
-    return verdict(parents_of(plan.checkpoint), name, public=push is None or not document.output.private)
+    name = destination.name.partition("://")[2].partition("@")[0] if destination else None
+    return verdict(parents_of(plan.checkpoint), name, public=destination is None or destination.is_public())
 
 
-def check_license(document: Document, plan: Plan) -> None:
+def check_license(document: Document, plan: Plan, destination: Destination) -> None:
     """See that the result may be passed on. Raises LicenseRefused."""
-    require_license(judged(document, plan), document.output.accept_license)
+    require_license(judged(plan, destination), document.output.accept_license)
 
 
 def staging_of(plan: Plan, destination: Destination) -> Path:

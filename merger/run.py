@@ -4,7 +4,6 @@ Knows the order of things; does none of them itself.
 """
 
 import gc
-import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -162,6 +161,9 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
     evaluations = evaluations_of(document)
     if evaluations or is_open(document.recipe):
         check_installed(evaluations)
+    if destination and is_open(document.recipe):
+        destination.admit()
+        check_license(document, plan_of(document, options, sources)[0], destination)
     trainer = LocalTrainer(sources, progress.phase)
     with LocalJudge(sources, own_memory(), progress.phase) as judge:
         means = Means(sources, judge, trainer)
@@ -192,18 +194,19 @@ def _run(
     plan, allotment = plan_of(document, options, means.sources)
     if destination is None:
         return _make(document, evidence, options, progress, means, plan, allotment, output_of(document))
-    check_license(document, plan)
+    check_license(document, plan, destination)
     address = destination.check(plan)
-    if address and document.output.path is None:
-        return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)
     output = output_of(document) if document.output.path else staging_of(plan, destination)
+    if address and document.output.path:
+        outcome = _make(document, evidence, options, progress, means, plan, allotment, output)
+        return replace(outcome, published=address)
+    if address:
+        publish.remove_abandoned(output, plan)
+        return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)
     destination.prepare()
     with Uploads(output, destination, progress.phase) as uploads:
         outcome = _make(document, evidence, options, progress, means, plan, allotment, output, uploads)
-    if document.output.path is None:
-        shutil.rmtree(output)
-        return replace(outcome, output=None)
-    return outcome
+    return outcome if document.output.path else replace(outcome, output=None)
 
 
 def _make(
@@ -217,7 +220,7 @@ def _make(
     output: Path,
     uploads: Uploads | None = None,
 ) -> Outcome:
-    """Make the result in a folder, and publish it where there are `uploads`."""
+    """Make the result in a folder and publish it where there are `uploads`; a folder that nobody asked for goes."""
     if publish.is_complete(output, plan):
         receipts = publish.published(output)
         checks = check_written(plan, output, receipts)
@@ -240,7 +243,10 @@ def _make(
         checks += found
         complete(plan, output, receipts, checks, figures, evidence, picture)
         address = uploads.finish(plan, receipts) if uploads else None
-        publish.finish(output)
+        if document.output.path is None:
+            publish.remove(output)
+        else:
+            publish.finish(output)
     return Outcome(output, plan, checks, figures, len(earlier), warnings_of(plan, receipts), address)
 
 

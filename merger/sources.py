@@ -44,12 +44,12 @@ class Roots:
 
 class LocalSources(Sources):
     """Models in local folders below `roots`, models on the Hub, and recipes within the recipe. `access` says which Hub,
-    with which token, when it is first needed.
+    with which token, when it is first needed (the environment's without).
     """
 
-    def __init__(self, roots: Roots | None = None, access: Callable[[], Access] = own_access) -> None:
+    def __init__(self, roots: Roots | None = None, access: Callable[[], Access] | None = None) -> None:
         self._roots = roots or Roots()
-        self.hub = cache(access)
+        self.hub = cache(access or own_access)
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:

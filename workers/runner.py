@@ -131,7 +131,7 @@ class Attempt:
         self._reporter.event("planned", fingerprint=plan.fingerprint, shards=len(plan.shards), bytes=plan.size)
         self._tell("writing", total=plan.size, shards=len(plan.shards))
         if destination:
-            check_license(document, plan)
+            check_license(document, plan, destination)
             address = destination.check(plan)
             if address and document.output.path is None:
                 return self._already_pushed(plan, address)

@@ -39,7 +39,16 @@ def command(
     document = read_document(recipe, with_output(changes, output, accept_license=accept_license))
     plan, allotment = plan_of(document, Options(**options))
     finished = _check_output(document, plan)
-    data = {**_as_data(plan, allotment, finished, document), **_afar(plan, document, bandwidth)}
+    destination = destination_of(document.output, LocalSources().hub)
+    if destination and not is_open(document.recipe):
+        check_license(document, plan, destination)
+        destination.check(plan)
+    data = {
+        **_as_data(plan, allotment, finished, document),
+        **_afar(plan, bandwidth),
+        "push": destination.name if destination else None,
+        "license": _license_data(judged(plan, destination), document),
+    }
     click.echo(json.dumps(data, indent=2) if as_json else _as_text(data))
 
 
@@ -57,18 +66,10 @@ def _check_output(document: Document, plan: Plan) -> int:
     return finished
 
 
-def _afar(plan: Plan, document: Document, bandwidth: int | None) -> dict[str, Any]:
-    """What comes from elsewhere and goes there. Raises what a run would, where the result cannot be published."""
-    destination = destination_of(document.output, LocalSources().hub)
-    if destination and not is_open(document.recipe):
-        check_license(document, plan)
-        destination.check(plan)
+def _afar(plan: Plan, bandwidth: int | None) -> dict[str, Any]:
+    """What comes from elsewhere, and how long that takes."""
     fetched = fetch_size(plan)
-    return {
-        "fetch_bytes": fetched,
-        "fetch_seconds": fetched / bandwidth if bandwidth else None,
-        "push": destination.name if destination else None,
-    }
+    return {"fetch_bytes": fetched, "fetch_seconds": fetched / bandwidth if bandwidth else None}
 
 
 def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document) -> dict[str, Any]:
@@ -96,7 +97,6 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
             for part in plan.checkpoint.parts
         ],
         "side_files": sorted(plan.checkpoint.side_files),
-        "license": _license_data(judged(document, plan), document),
         "claim": origin.says if (origin := root_of(plan.checkpoint)) else None,
         "warnings": list(plan.checkpoint.warnings),
         "notes": list(plan.checkpoint.notes),

@@ -137,7 +137,8 @@ def _of_answer(answer: httpx2.Response | None, where: str, says: str) -> MergerE
         return Again(says, asked_delay(answer.headers) if answer is not None else None)
     if answer.status_code in (401, 403):
         message = answer.headers.get("x-error-message") or "the token may not do that"
-        return SourceError(f"HTTP {answer.status_code}: {message}", where=where)
+        remedy = "Give another token (--token or HF_TOKEN), or log in again: hf auth login."
+        return SourceError(f"HTTP {answer.status_code}: {message}", where=where, remedy=remedy)
     return ReadFailed(f"HTTP {answer.status_code}: {says}", where=where)
 
 

@@ -33,7 +33,7 @@ def read_token(site: Site, request: Request, repo: str, revision: str) -> Answer
 @tokens("GET", f"{MODEL}/xet-write-token/{REVISION}")
 def write_token(site: Site, request: Request, repo: str, revision: str) -> Answer:
     """The revision may be None: that of a pull request which is not there yet."""
-    found, _ = site.writer(request, repo)
+    found, _ = site.contributor(request, repo, pull="create_pr" in request.query)
     if revision != "None":
         found.head(revision)
     return _token(site, found.name, True)

@@ -29,7 +29,7 @@ def is_large(path: str, size: int, sample: bytes = b"") -> bool:
 
 @routes("POST", f"{MODEL}/preupload/{REVISION}")
 def preupload(site: Site, request: Request, repo: str, revision: str) -> Answer:
-    found, _ = site.writer(request, repo)
+    found, _ = site.contributor(request, repo, pull="create_pr" in request.query)
     head, told = found.head(revision), []
     for one in body_json(request)["files"]:
         large = is_large(one["path"], one["size"], base64.b64decode(one.get("sample", "")))
@@ -43,7 +43,7 @@ def preupload(site: Site, request: Request, repo: str, revision: str) -> Answer:
 @routes("POST", f"{MODEL}/commit/{REVISION}")
 def commit(site: Site, request: Request, repo: str, revision: str) -> Answer:
     """All changes or none. With `create_pr` they go to a new pull request and the branch stays."""
-    found, user = site.writer(request, repo)
+    found, user = site.contributor(request, repo, pull="create_pr" in request.query)
     lines = [json.loads(line) for line in request.read().splitlines() if line.strip()]
     header = next((line["value"] for line in lines if line["key"] == "header"), None)
     if header is None or not header.get("summary"):

@@ -14,9 +14,11 @@ stored = Routes()  # at the CDN's
 
 @routes("POST", f"/{REPO}\\.git/info/lfs/objects/batch")
 def batch(site: Site, request: Request, repo: str) -> Answer:
-    """Where each content goes. One that was uploaded to this repository before needs no actions."""
-    found, _ = site.writer(request, repo)
+    """Where each content goes. One that was uploaded to this repository before needs no actions. Without a branch it is
+    for a pull request.
+    """
     body = body_json(request)
+    found, _ = site.contributor(request, repo, pull="ref" not in body)
     if body.get("operation") != "upload":
         raise HubError(400, "only uploads go through this endpoint")
     multipart = "multipart" in body.get("transfers", [])
@@ -41,7 +43,7 @@ def _actions(site: Site, repo: Repo, oid: str, size: int, multipart: bool) -> di
 @routes("POST", f"/{REPO}\\.git/info/lfs/objects/verify")
 def verify(site: Site, request: Request, repo: str) -> Answer:
     """Only now the content belongs to the repository."""
-    found, _ = site.writer(request, repo)
+    found, _ = site.contributor(request, repo, pull=True)
     body = body_json(request)
     if body["oid"] not in site.blobs or site.blobs[body["oid"]].size != body["size"]:
         raise HubError(404, f"{body['oid']} was not uploaded with {body['size']} bytes")

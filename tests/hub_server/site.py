@@ -90,6 +90,15 @@ class Site:
         repo = self.reader(request, name)
         return repo, self.author(request, repo.namespace)
 
+    def contributor(self, request: Request, name: str, *, pull: bool) -> tuple[Repo, str]:
+        """A repository and the user that may write to it, or (`pull`) open a pull request to it: whoever may read."""
+        if not pull:
+            return self.writer(request, name)
+        repo, account = self.reader(request, name), self.account(request)
+        if account is None or account.role != "write":
+            raise HubError(401 if account is None else 403, "This token may not open pull requests.")
+        return repo, account.user
+
     def author(self, request: Request, namespace: str) -> str:
         account = self.account(request)
         if account is None:
