@@ -229,7 +229,7 @@ def test_a_run_through_random_failures_makes_the_right_bytes_or_says_what_failed
         assert isinstance(done.exception, MergerError)
         assert done.exception.where
         assert server.token not in f"{done.output} {done.exception}"
-        server.faults.clear()
+    server.faults.clear()
     there = made(tmp_path, average("org/a", "org/b"), "there")
     assert there == local
     assert server.violations() == []
