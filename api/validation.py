@@ -55,7 +55,7 @@ def validate(
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
     if destination:
-        check_license(document, plan, destination)
+        check_license(document, plan)
         destination.check(plan)
     size = TaskSize(settings.task_cpus, settings.task_memory)
     requests = [request_for(plan, size)[0]]

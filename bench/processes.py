@@ -53,7 +53,7 @@ def measure(command: list[str], output: Path, inputs: Sequence[Path], *, cold: b
     output.unlink(missing_ok=True)
     evict(inputs) if cold else warm(inputs)
     os.sync()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
         printed, complaints = child.communicate()

@@ -88,7 +88,7 @@ def measure(pairs: Sequence[Pair], limit: int | None = None) -> dict[str, Distan
 
     Raises ReadFailed and SourceChanged.
     """
-    files = OpenFiles()
+    files = OpenFiles(cached={str(tensor.file.path) for pair in pairs for tensor in (pair.a, pair.b)})
     try:
         with ThreadPoolExecutor(processors()) as pool:
             return {pair.name: _tensor(pool, files, pair, limit) for pair in pairs}

@@ -5,7 +5,6 @@ A stage whose folder holds its finished model is not trained again; one that was
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from merger.errors import WorkerDied
 from merger.host import processors
 from merger.judging import Tell, check_installed, error_of, key_of_model
 from merger.methods.method import Sources, Trainer
+from merger.reach import OWN, Reach
 from merger.rows import rows_of
 from merger.stages import KEEP_SECONDS, Stage, Training, is_finished
 from merger.tasks import package_of, task_of
@@ -71,9 +71,9 @@ class LocalTrainer(Trainer):
     of them.
     """
 
-    def __init__(self, sources: Sources, tell: Tell, roots: Sequence[Path] = ()) -> None:
+    def __init__(self, sources: Sources, tell: Tell, reach: Reach = OWN) -> None:
         self._sources, self._tell = sources, tell
-        self._roots = [str(root) for root in roots]
+        self._reach = reach
         self._idle: queue.SimpleQueue[TrainingProcess] = queue.SimpleQueue()
 
     def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -93,7 +93,7 @@ class LocalTrainer(Trainer):
         except queue.Empty:
             process = TrainingProcess(stopped)
         try:
-            process.train(order, self._roots, self._tell)
+            process.train(order, self._reach, self._tell)
         except BaseException:
             process.close()
             raise
@@ -143,11 +143,10 @@ class TrainingProcess:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         threading.Thread(target=self._kill_when, args=(stopped,), daemon=True).start()
 
-    def train(self, order: Order, roots: Sequence[str], tell: Tell, threads: int = 1) -> int:
+    def train(self, order: Order, reach: Reach, tell: Tell, threads: int = 1) -> int:
         """Train one stage; the step after which it went on, 0 where it began anew.
 
         Raises what the process tells, and WorkerDied where it dies.
@@ -160,7 +159,7 @@ class TrainingProcess:
             "key": order.key,
             "keep_seconds": order.keep_seconds,
             "threads": threads,
-            "roots": list(roots),
+            "reach": reach.as_data(),
         }
         began: int | None = None
         for answer in self._answers(request):
@@ -205,10 +204,10 @@ class TrainingProcess:
         self._complaints.close()
 
 
-def train_apart(order: Order, roots: Sequence[str], tell: Tell, stopped: threading.Event, threads: int = 1) -> int:
+def train_apart(order: Order, reach: Reach, tell: Tell, stopped: threading.Event, threads: int = 1) -> int:
     """Train one stage in a process of its own, as `TrainingProcess.train` does."""
     process = TrainingProcess(stopped, order.stage.name)
     try:
-        return process.train(order, roots, tell, threads)
+        return process.train(order, reach, tell, threads)
     finally:
         process.close()

@@ -24,6 +24,7 @@ from merger.errors import JobError, MergerError, NotInstalled
 from merger.evaluation import Harness, Measured, Score
 from merger.methods.method import Judge, Member, Method, Sources
 from merger.plan import make_plan
+from merger.reach import OWN, Reach
 from merger.storage.disk import write_atomically
 
 Tell = Callable[[str], None]
@@ -85,9 +86,9 @@ def check_installed(evaluations: Iterable[Measured] = ()) -> None:
 class LocalJudge(Judge):
     """Measures one candidate after the other in a process of its own, which starts with the first."""
 
-    def __init__(self, sources: Sources, memory: Remembered, tell: Tell, roots: Sequence[Path] = ()) -> None:
+    def __init__(self, sources: Sources, memory: Remembered, tell: Tell, reach: Reach = OWN) -> None:
         self._sources, self._memory, self._tell = sources, memory, tell
-        self._roots = [str(root) for root in roots]
+        self._reach = reach
         self._process: subprocess.Popen[str] | None = None
         self._complaints: IO[str] | None = None
 
@@ -114,7 +115,7 @@ class LocalJudge(Judge):
             "source": _as_data(candidate),
             "along": [_as_data(model) for model in along],
             "evaluation": evaluation.model_dump(mode="json"),
-            "roots": self._roots,
+            "reach": self._reach.as_data(),
         }
         answer = self._ask(request, label)
         if "error" in answer:
@@ -149,7 +150,6 @@ class LocalJudge(Judge):
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 text=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
         return self._process
 

@@ -180,6 +180,17 @@ def read_again(shards: Iterable[Shard]) -> set[File]:
     return {file for file, size in wanted.items() if size > 1.2 * file.size}
 
 
+def fetch_size(plan: Plan) -> int:
+    """Bytes that come from elsewhere: what is read of files there, and all of those that are read more than once."""
+    if not plan.is_remote:
+        return 0
+    again = read_again(plan.shards)
+    whole = sum(file.size for file in again if isinstance(file.path, Remote))
+    tensors = (entry.expression for shard in plan.shards for entry in shard.entries)
+    parts = chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors)
+    return whole + sum(p.stop - p.start for p in parts if isinstance(p.file.path, Remote) and p.file not in again)
+
+
 def remote_files(shards: Iterable[Shard]) -> set[str]:
     """The addresses of the files elsewhere that are read."""
     leaves = chain.from_iterable(entry.expression.leaves() for shard in shards for entry in shard.entries)

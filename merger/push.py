@@ -9,7 +9,7 @@ from merger.checkpoint import parents_of
 from merger.destination import Destination
 from merger.errors import RecipeError
 from merger.hub_destination import hub_destination
-from merger.licenses import require_license, verdict
+from merger.licenses import Verdict, require_license, verdict
 from merger.plan import Plan, read_again, remote_files
 from merger.recipe import Document, Output
 from merger.storage.hub import Access
@@ -36,11 +36,16 @@ def destination_of(output: Output, access: Callable[[], Access]) -> Destination 
     )
 
 
-def check_license(document: Document, plan: Plan, destination: Destination) -> None:
+def judged(document: Document, plan: Plan) -> Verdict:
+    """On what terms the result may be passed on, to where the document says."""
+    push = document.output.push
+    name = push.partition("://")[2].partition("@")[0] if push else None
+    return verdict(parents_of(plan.checkpoint), name, public=push is None or not document.output.private)
+
+
+def check_license(document: Document, plan: Plan) -> None:
     """See that the result may be passed on. Raises LicenseRefused."""
-    name = destination.name.partition("://")[2].partition("@")[0]
-    found = verdict(parents_of(plan.checkpoint), name, public=not document.output.private)
-    require_license(found, document.output.accept_license)
+    require_license(judged(document, plan), document.output.accept_license)
 
 
 def staging_of(plan: Plan, destination: Destination) -> Path:

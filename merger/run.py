@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from merger import gallery, kernels, publish
@@ -47,10 +46,8 @@ from merger.recipe import (
     size_in_bytes,
 )
 from merger.report import NONE, Figures, manifest, model_card, notices, page
-from merger.secret import Token
 from merger.sources import LocalSources
 from merger.storage.folder import read_json
-from merger.storage.hub import own_access
 from merger.uploads import Uploads
 from merger.verify import MANIFEST, Check, check_ranks, check_written
 
@@ -58,7 +55,7 @@ from merger.verify import MANIFEST, Check, check_ranks, check_written
 @dataclass(frozen=True)
 class Options:
     """How to run: bytes of memory for buffers, threads (None: twice the processors), whether warnings are refusals,
-    how surgery is proven, which remote files are downloaded whole, and the token for the Hub (None: the environment's).
+    how surgery is proven, and which remote files are downloaded whole.
     """
 
     memory: int = DEFAULT_MEMORY
@@ -66,7 +63,6 @@ class Options:
     strict: bool = False
     parity: Mode = "auto"
     cache: Cache = "auto"
-    token: Token | None = None
 
 
 class Progress(ABC):
@@ -108,7 +104,7 @@ class Outcome:
 
 def plan_of(document: Document, options: Options, sources: Sources | None = None) -> tuple[Plan, Allotment]:
     """Resolve a document and lay out its result; reads configs, headers and integer buffers. Raises RequestError."""
-    sources = sources or sources_of(options)
+    sources = sources or LocalSources()
     check_evaluations(document, sources)
     with _without_collector():
         checkpoint = resolve(document, sources)
@@ -152,11 +148,6 @@ def output_of(document: Document) -> Path:
     return Path(document.output.path).expanduser()
 
 
-def sources_of(options: Options) -> LocalSources:
-    """Where models are, for a person on this machine."""
-    return LocalSources(access=partial(own_access, options.token))
-
-
 def run(document: Document, options: Options, progress: Progress) -> Outcome:
     """Make the result of a document, going on after the last finished shard of an earlier run of the same plan.
 
@@ -166,7 +157,7 @@ def run(document: Document, options: Options, progress: Progress) -> Outcome:
         output_of(document)  # refused first where there is none
     # While configs and headers are read. No daemon: ending the process while it compiles would crash it.
     threading.Thread(target=kernels.load).start()
-    sources = sources_of(options)
+    sources = LocalSources()
     destination = destination_of(document.output, sources.hub)
     evaluations = evaluations_of(document)
     if evaluations or is_open(document.recipe):
@@ -201,7 +192,7 @@ def _run(
     plan, allotment = plan_of(document, options, means.sources)
     if destination is None:
         return _make(document, evidence, options, progress, means, plan, allotment, output_of(document))
-    check_license(document, plan, destination)
+    check_license(document, plan)
     address = destination.check(plan)
     if address and document.output.path is None:
         return Outcome(None, plan, [], None, len(plan.shards), warnings_of(plan, []), address)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from merger.evaluation import Classification, Evaluation, Harness, Measured, Pre
 from merger.host import free_memory
 from merger.loading import Loaded, load
 from merger.methods.method import Method, Sources, open_source
+from merger.reach import reach_of
 from merger.rows import field_of, ids_of, pair_of, rows_of
 from merger.sizes import parameters
-from merger.sources import LocalSources, Roots
+from merger.sources import sources_within
 
 Say = Callable[[int, int], None]
 
@@ -305,7 +305,7 @@ _EVALUATION: TypeAdapter[Measured] = TypeAdapter(Evaluation)
 def _answers(requests: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in requests:
         request = json.loads(line)
-        sources = LocalSources(Roots(map(Path, request["roots"])))
+        sources = sources_within(reach_of(request["reach"]))
         try:
             evaluation = _EVALUATION.validate_python(request["evaluation"])
             checkpoint, *along = (_opened(sources, source) for source in (request["source"], *request["along"]))

@@ -5,15 +5,16 @@ Reads headers only.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from glob import glob, has_magic
 from pathlib import Path
 
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
 from merger.errors import ReadFailed, SourceError
 from merger.methods.method import Member, Method, Sources
+from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
-from merger.storage.hub import Access, own_access
+from merger.storage.hub import Access, access_for, own_access
 from merger.storage.reference import SCHEME, looks_remote, reference_of
 
 
@@ -139,3 +140,9 @@ def _fixed_part(pattern: str) -> Path:
     while has_magic(str(folder)):
         folder = folder.parent
     return folder
+
+
+def sources_within(reach: Reach) -> LocalSources:
+    """The models within reach."""
+    access = own_access if reach.own_token else partial(access_for, reach.token)
+    return LocalSources(Roots(map(Path, reach.roots)), access)

@@ -22,8 +22,9 @@ from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, SourceError
 from merger.loading import Loaded, load
 from merger.methods.method import Member
+from merger.reach import reach_of
 from merger.rows import rows_of
-from merger.sources import LocalSources, Roots
+from merger.sources import sources_within
 from merger.stages import KEEP_SECONDS, Stage
 from merger.states import State, States
 from merger.tasks import Encoding, Task, task_of
@@ -219,7 +220,7 @@ def _serve(request: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     lists = {name: tuple(map(_frozen, request["stage"][name])) for name in ("labels", "bodies")}
     stage = Stage(**{**request["stage"], **lists})
-    sources = LocalSources(Roots(map(Path, request["roots"])))
+    sources = sources_within(reach_of(request["reach"]))
     try:
         bodies = [(sources.open(Member(body, None)), weight) for body, weight in request["bodies"]]
         head = sources.open(Member(request["head"], None)) if request["head"] else None

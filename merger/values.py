@@ -12,7 +12,7 @@ from merger.expression import Expression
 from merger.host import processors
 from merger.kernels import Bytes
 from merger.measuring import measured
-from merger.plan import make_plan
+from merger.plan import make_plan, remote_files
 from merger.reader import OpenFiles, read
 from merger.storage.disk import page_aligned
 
@@ -23,7 +23,7 @@ def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
     """Every tensor with its bytes in row-major order. Raises ReadFailed and SourceChanged."""
     threads = processors()
     whole = make_plan(replace(checkpoint, optimizer={}), {}, shard_size=1 << 62)
-    inputs = OpenFiles()
+    inputs = OpenFiles(cached=remote_files(whole.shards))  # all of them will be read
     try:
         [shard] = measured(whole.shards, inputs, threads)
         with ThreadPoolExecutor(threads) as pool:

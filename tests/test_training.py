@@ -19,6 +19,7 @@ from merger import training
 from merger.checkpoint import open_checkpoint
 from merger.errors import SourceError, WorkerDied
 from merger.fine_tuning import Order, train_apart
+from merger.reach import OWN
 from merger.stages import FINISHED, Stage
 from tests import tiny
 from tests.packages import HELD_AFTER, held, margins, path_with
@@ -216,7 +217,7 @@ def order(place, stage=STAGE, **more):
 
 
 def apart(order, tell=lambda _text: None):
-    return train_apart(order, [], tell, threading.Event())
+    return train_apart(order, OWN, tell, threading.Event())
 
 
 def kill(_text):

@@ -16,16 +16,17 @@ from merger.errors import WorkerDied
 from merger.evaluation import Measured, Score
 from merger.judging import LocalJudge, Remembered
 from merger.methods.method import Judge, Method
-from merger.sources import LocalSources, Roots
+from merger.reach import Reach
+from merger.sources import sources_within
 from workers.resources import Request
 
 _RETRIES = 3  # of a task whose process dies
 
 
-def measure(ask: "_Ask", folder: Path, roots: Sequence[Path], place: Path) -> Score:
+def measure(ask: "_Ask", folder: Path, reach: Reach, place: Path) -> Score:
     """What a task does: the score of one candidate, from a process of its own. `place` is where paths begin."""
     os.chdir(place)
-    with LocalJudge(LocalSources(Roots(roots)), Remembered(folder), lambda _text: None, roots) as judge:
+    with LocalJudge(sources_within(reach), Remembered(folder), lambda _text: None, reach) as judge:
         return judge.score(ask.candidate, ask.evaluation, ask.key, ask.along)
 
 
@@ -45,12 +46,12 @@ class RayJudge(Judge):
     def __init__(
         self,
         folder: Path,
-        roots: Sequence[Path],
+        reach: Reach,
         request: Request,
         connect: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        self._folder, self._roots, self._connect, self._say = folder, list(roots), connect, say
+        self._folder, self._reach, self._connect, self._say = folder, reach, connect, say
         self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
         self._left: list[Any] = []
 
@@ -71,7 +72,7 @@ class RayJudge(Judge):
         self._connect()
         task: Any = ray.remote(measure).options(**self._options, max_retries=_RETRIES)
         place = Path.cwd()
-        self._left = [task.remote(ask, self._folder, self._roots, place) for ask in asks]
+        self._left = [task.remote(ask, self._folder, self._reach, place) for ask in asks]
         found: dict[Any, Score] = {}
         waiting = list(self._left)
         while waiting:

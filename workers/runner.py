@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,13 +27,13 @@ from merger.methods.method import Means, Sources, all_of, is_open
 from merger.plan import Plan, Shard
 from merger.preflight import check_disk
 from merger.push import cached_files, check_license, destination_of
+from merger.reach import Reach
 from merger.receipt import Receipt
 from merger.recipe import Document, make_document
 from merger.report import NONE, Figures
 from merger.run import Options, chosen, complete, left_of, measured, plan_of, verified, warnings_of
-from merger.sources import LocalSources, Roots
+from merger.sources import sources_within
 from merger.staging import Staging
-from merger.storage.hub import access_for
 from merger.uploads import Uploads
 from workers.judging import RayJudge
 from workers.reports import Api, Order, Progress, Reporter, Superseded, Word
@@ -59,7 +58,7 @@ class Attempt:
         self._reporter = Reporter(api, order.heartbeat_seconds, self._heed, self._hub_token)
         self._tasks: ShardTasks | None = None
         self._judge: RayJudge | None = None
-        self._roots: list[Path] = []
+        self._reach = Reach(own_token=False)
 
     def run(self) -> None:
         """Make and publish the result, and tell the API how it ended. Raises Superseded."""
@@ -123,8 +122,8 @@ class Attempt:
         began = time.time()
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
-        self._roots = self._all_roots(document)
-        sources = LocalSources(Roots(self._roots), partial(access_for, self._hub_token))
+        self._reach = self._all(document)
+        sources = sources_within(self._reach)
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
         destination = destination_of(document.output, sources.hub)
@@ -132,7 +131,7 @@ class Attempt:
         self._reporter.event("planned", fingerprint=plan.fingerprint, shards=len(plan.shards), bytes=plan.size)
         self._tell("writing", total=plan.size, shards=len(plan.shards))
         if destination:
-            check_license(document, plan, destination)
+            check_license(document, plan)
             address = destination.check(plan)
             if address and document.output.path is None:
                 return self._already_pushed(plan, address)
@@ -182,7 +181,7 @@ class Attempt:
             return document, NONE
         plan, _ = plan_of(document, Options(size.memory), sources)
         self._tell("choosing")
-        trainer = RayTrainer(sources, self._roots, training_request(plan, size), _connect, self._say)
+        trainer = RayTrainer(sources, self._reach, training_request(plan, size), _connect, self._say)
         means = Means(sources, self._judge_for(plan, size), trainer)
         document, evidence = chosen(document, Options(size.memory), means)
         for choice in evidence.choices:
@@ -193,14 +192,15 @@ class Attempt:
     def _judge_for(self, plan: Plan, size: TaskSize) -> RayJudge:
         request = measuring_request(plan, size)
         scores = self._staging.scores.absolute()
-        self._judge = RayJudge(scores, self._roots, request, _connect, self._say)
+        self._judge = RayJudge(scores, self._reach, request, _connect, self._say)
         return self._judge
 
-    def _all_roots(self, document: Document) -> list[Path]:
-        """Where models may be read: below the roots, and those that this very job makes. None: everywhere."""
+    def _all(self, document: Document) -> Reach:
+        """What may be read: below the roots, what this very job makes, and the Hub with the job's own token."""
         roots = [Path(root) for root in self._order.source_roots]
         own = [folder for part in all_of(document.recipe) for folder in part.folders()]
-        return [*roots, *own, self._staging.output.parent.absolute()] if roots else []
+        whole = [*roots, *own, self._staging.output.parent.absolute()] if roots else []
+        return Reach(tuple(map(str, whole)), own_token=False, token=self._hub_token)
 
     def _already_published(self, plan: Plan, destination: Destination | None) -> dict[str, Any]:
         """The result of an attempt that could not say any more that it had published."""

@@ -11,6 +11,7 @@ import ray
 from merger.errors import WorkerDied
 from merger.fine_tuning import Order, in_order, models_of, orders_of, train_apart
 from merger.methods.method import Sources, Trainer
+from merger.reach import Reach
 from merger.stages import Training
 from workers.resources import Request
 
@@ -18,12 +19,12 @@ _RETRIES = 3  # of a task that dies, or whose process for training does: the sta
 _AT_ONCE = 64  # tasks that Ray knows of
 
 
-def train(order: Order, roots: Sequence[str], place: Path) -> int:
+def train(order: Order, reach: Reach, place: Path) -> int:
     """What a task does: train one stage in a process of its own; the step after which it went on, 0 where it began
     anew. `place` is where paths begin.
     """
     os.chdir(place)
-    return 0 if order.is_finished() else train_apart(order, roots, lambda _text: None, threading.Event())
+    return 0 if order.is_finished() else train_apart(order, reach, lambda _text: None, threading.Event())
 
 
 class RayTrainer(Trainer):
@@ -32,13 +33,13 @@ class RayTrainer(Trainer):
     def __init__(
         self,
         sources: Sources,
-        roots: Sequence[Path],
+        reach: Reach,
         request: Request,
         connect: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self._sources, self._connect, self._say = sources, connect, say
-        self._roots = [str(root) for root in roots]
+        self._reach = reach
         self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
 
     def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -50,7 +51,7 @@ class RayTrainer(Trainer):
     def _train(self, order: Order, stopped: threading.Event) -> None:
         retried = {"max_retries": _RETRIES, "retry_exceptions": [WorkerDied]}
         task: Any = ray.remote(train).options(**self._options, **retried)
-        reference = task.remote(order, self._roots, Path.cwd())
+        reference = task.remote(order, self._reach, Path.cwd())
         while not ray.wait([reference], timeout=1.0)[0]:
             if stopped.is_set():
                 ray.cancel(reference, force=True)

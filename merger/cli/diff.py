@@ -6,20 +6,27 @@ from typing import Any
 
 import click
 
-from merger.checkpoint import Checkpoint, open_checkpoint
-from merger.cli.terminal import as_json
+from merger.checkpoint import Checkpoint
+from merger.cli.terminal import as_json, token
 from merger.difference import Distance, by_layer, measure, pairs_of
+from merger.methods.method import Member
+from merger.sources import LocalSources
 
 
 @click.command(name="diff")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a")
+@click.argument("b")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw it: a PNG file to write.")
 @click.option("--tensors", is_flag=True, help="A row a tensor instead of a row a layer.")
+@token
 @as_json
-def command(a: Path, b: Path, picture: Path | None, tensors: bool, as_json: bool) -> None:
-    """Show how far the checkpoints A and B are apart, layer by layer: |a - b| / |a|, cosine, largest difference."""
-    first, other = open_checkpoint(a), open_checkpoint(b)
+def command(a: str, b: str, picture: Path | None, tensors: bool, as_json: bool) -> None:
+    """Show how far the checkpoints A and B are apart, layer by layer: |a - b| / |a|, cosine, largest difference.
+
+    Each is a folder, a safetensors file, or hf://org/name, which is downloaded.
+    """
+    sources = LocalSources()
+    first, other = sources.open(Member(a, None)), sources.open(Member(b, None))
     distances = measure(pairs_of(first, other))
     rows = distances if tensors else by_layer(distances)
     total = sum(distances.values(), Distance())

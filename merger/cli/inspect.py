@@ -2,23 +2,25 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import click
 
 from merger.adapters import summary
-from merger.checkpoint import Checkpoint, open_checkpoint
-from merger.cli.terminal import as_json, gigabytes
+from merger.checkpoint import Checkpoint
+from merger.cli.terminal import as_json, gigabytes, token
+from merger.methods.method import Member
+from merger.sources import LocalSources
 
 
 @click.command(name="inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--tensors", "all_tensors", is_flag=True, help="List every tensor.")
+@token
 @as_json
-def command(model: Path, all_tensors: bool, as_json: bool) -> None:
-    """Show the tensors, dtypes and sizes of MODEL, a folder or a safetensors file. No weight is read."""
-    checkpoint = open_checkpoint(model)
+def command(model: str, all_tensors: bool, as_json: bool) -> None:
+    """Show the tensors, dtypes and sizes of MODEL (a folder, a file, or hf://org/name). No weight is read."""
+    checkpoint = LocalSources().open(Member(model, None))
     data = _as_data(checkpoint, all_tensors=all_tensors or as_json)
     click.echo(json.dumps(data, indent=2) if as_json else _as_text(data))
 

@@ -7,30 +7,39 @@ from typing import Any
 import click
 
 from merger.budget import Allotment
-from merger.checkpoint import parents_of, root_of
+from merger.checkpoint import root_of
 from merger.cli.run import with_output
-from merger.cli.terminal import gigabytes, running_options
-from merger.licenses import Verdict, verdict
+from merger.cli.terminal import Size, gigabytes, running_options
+from merger.licenses import Verdict
 from merger.methods.method import is_open
-from merger.plan import Plan
+from merger.plan import Plan, fetch_size
 from merger.preflight import check_disk, free_space
 from merger.publish import check_free, finished_shards
+from merger.push import check_license, destination_of, judged
 from merger.recipe import Document, read_document
 from merger.run import Options, output_of, plan_of
+from merger.sources import LocalSources
 
 
 @click.command(name="plan")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field, as in --set k=8.")
+@click.option("--bandwidth", type=Size(), help="Bytes a second from the Hub, such as 125MB: tells how long it takes.")
 @running_options
 def command(
-    recipe: Path, changes: tuple[str, ...], output: str | None, accept_license: bool, as_json: bool, **options: Any
+    recipe: Path,
+    changes: tuple[str, ...],
+    output: str | None,
+    bandwidth: int | None,
+    accept_license: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what RECIPE would read, compute and write, or why it would be refused. No weight is read."""
     document = read_document(recipe, with_output(changes, output, accept_license=accept_license))
     plan, allotment = plan_of(document, Options(**options))
     finished = _check_output(document, plan)
-    data = _as_data(plan, allotment, finished, document)
+    data = {**_as_data(plan, allotment, finished, document), **_afar(plan, document, bandwidth)}
     click.echo(json.dumps(data, indent=2) if as_json else _as_text(data))
 
 
@@ -48,6 +57,20 @@ def _check_output(document: Document, plan: Plan) -> int:
     return finished
 
 
+def _afar(plan: Plan, document: Document, bandwidth: int | None) -> dict[str, Any]:
+    """What comes from elsewhere and goes there. Raises what a run would, where the result cannot be published."""
+    destination = destination_of(document.output, LocalSources().hub)
+    if destination and not is_open(document.recipe):
+        check_license(document, plan)
+        destination.check(plan)
+    fetched = fetch_size(plan)
+    return {
+        "fetch_bytes": fetched,
+        "fetch_seconds": fetched / bandwidth if bandwidth else None,
+        "push": destination.name if destination else None,
+    }
+
+
 def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document) -> dict[str, Any]:
     return {
         "method": document.recipe.method,
@@ -62,11 +85,18 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
         "memory": {"bytes": allotment.memory, "threads": allotment.threads},
         "shards": [{"file": shard.name, "bytes": shard.size, "tensors": len(shard.entries)} for shard in plan.shards],
         "sources": [
-            {"reference": part.source.reference, "step": part.source.step, "weight": part.weight}
+            {
+                "reference": part.source.reference,
+                "step": part.source.step,
+                "weight": part.weight,
+                "commit": part.source.revision or None,
+                "gated": part.source.gated,
+                "license": part.source.card.license,
+            }
             for part in plan.checkpoint.parts
         ],
         "side_files": sorted(plan.checkpoint.side_files),
-        "license": _license_data(verdict(parents_of(plan.checkpoint)), document),
+        "license": _license_data(judged(document, plan), document),
         "claim": origin.says if (origin := root_of(plan.checkpoint)) else None,
         "warnings": list(plan.checkpoint.warnings),
         "notes": list(plan.checkpoint.notes),
@@ -76,9 +106,10 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
 def _as_text(data: dict[str, Any]) -> str:
     lines = [
         f"method      {data['method']}",
-        f"output      {data['output'] or '(none yet: name one with -o)'}",
+        f"output      {data['output'] or data['push'] or '(none yet: name one with -o)'}",
+        *([f"push        {data['push']}, which has room for it"] if data["push"] else []),
         f"parameters  {data['parameters']:,} in {data['tensors']:,} tensors",
-        f"read        {gigabytes(data['read_bytes'])}",
+        f"read        {gigabytes(data['read_bytes'])}{_afar_text(data)}",
         f"write       {gigabytes(data['write_bytes'])}, files: {len(data['shards'])}"
         + (f", {gigabytes(data['finished_bytes'])} are finished" if data["finished_bytes"] else ""),
         f"disk        {gigabytes(data['free_bytes'])} free",
@@ -92,6 +123,13 @@ def _as_text(data: dict[str, Any]) -> str:
     lines += [f"warning     {warning}" for warning in data["warnings"]]
     lines += [f"note        {note}" for note in data["notes"]]
     return "\n".join(lines)
+
+
+def _afar_text(data: dict[str, Any]) -> str:
+    if not data["fetch_bytes"]:
+        return ""
+    seconds = f", {data['fetch_seconds']:,.0f} s at that bandwidth" if data["fetch_seconds"] else ""
+    return f", {gigabytes(data['fetch_bytes'])} of it from elsewhere{seconds}"
 
 
 def _license_data(judged: Verdict, document: Document) -> dict[str, Any]:
@@ -114,4 +152,6 @@ def _license_lines(license: dict[str, Any]) -> list[str]:
 
 def _source_line(source: dict[str, Any]) -> str:
     step = f"  step {source['step']}" if source["step"] is not None else ""
-    return f"  {source['weight']:12.6g}  {source['reference']}{step}"
+    commit = f"  commit {source['commit'][:12]}" if source["commit"] else ""
+    gated = "  gated" if source["gated"] else ""
+    return f"  {source['weight']:12.6g}  {source['reference']}{step}{commit}{gated}"

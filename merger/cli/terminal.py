@@ -1,6 +1,7 @@
 """What verbs share on a terminal: progress bars, sizes, options. Knows rich and click; knows nothing of models."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,6 @@ from rich.progress import Progress as RichProgress
 from merger.receipt import Receipt
 from merger.recipe import size_in_bytes
 from merger.run import Progress
-from merger.secret import Token
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,7 +41,18 @@ accept_license = click.option(
 )
 
 
-token = click.option("--token", type=Token, help="The token for the Hub; without, HF_TOKEN or that of `hf auth login`.")
+def _sign_in(_ctx: click.Context, _param: click.Parameter, token: str | None) -> None:
+    """For this process and those that it starts, before the Hub's library looks."""
+    if token:
+        os.environ["HF_TOKEN"] = token
+
+
+token = click.option(
+    "--token",
+    callback=_sign_in,
+    expose_value=False,
+    help="The token for the Hub; without, HF_TOKEN or that of `hf auth login`.",
+)
 
 
 def running_options(command: F) -> F:

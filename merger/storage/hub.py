@@ -63,9 +63,9 @@ class Access:
         return library().HfApi(endpoint=self.endpoint, token=token, library_name="merger")
 
 
-def own_access(token: Token | None = None) -> Access:
-    """The Hub that the environment names, with a given token, else with the one of the environment or of a login."""
-    found = library().get_token() if token is None else token.reveal()
+def own_access() -> Access:
+    """The Hub that the environment names, with the token of the environment or of a login."""
+    found = library().get_token()
     return Access(library().constants.ENDPOINT, Token(found) if found else None)
 
 
