@@ -208,7 +208,7 @@ def nothing_left(world: World) -> None:
 
 def held_uploads(world: World, after: int) -> list[psutil.Process]:
     """The processes whose uploads are held back, once so many have landed."""
-    return until(lambda: world.have_landed(after) and world.uploading(), pause=0.1)
+    return until(lambda: world.have_landed(after) and world.uploading(), 180, 0.1)
 
 
 # ---- what a job does ----------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_a_task_is_killed_while_it_uploads(world: World, expected: dict[str, byt
 def test_runners_are_killed_before_they_can_tell_of_their_commits(world: World, expected: dict[str, bytes]) -> None:
     world.hub.faults.add(origin="api", method="POST", path="/commit/", rate=0.5)  # the answer takes minutes
     jobs = {"unsaid": world.submit("unsaid"), "unsaid-kept": world.submit("unsaid-kept", path="kept")}
-    until(lambda: all(map(world.commits, jobs)), 120, 0.1)
+    until(lambda: all(map(world.commits, jobs)), 180, 0.1)
     for process in world.service.processes("workers.runner"):
         process.kill()
     world.hub.faults.clear()
@@ -370,7 +370,7 @@ def test_an_orphan_that_was_uploading_makes_no_second_commit(world: World) -> No
 def test_a_commit_of_an_orphan_that_arrives_late_is_no_second_one(world: World, expected: dict[str, bytes]) -> None:
     world.hub.faults.add(origin="api", method="POST", path="/commit/", nth=1, delay=40)
     job = world.submit("late")
-    until(lambda: "publishing" in [event["kind"] for event in world.service.events(job)], 120)
+    until(lambda: "publishing" in [event["kind"] for event in world.service.events(job)], 180, 0.1)
     orphans = Orphans(world)
     succeeded(world, job, "late", expected, attempts=2)
     late = until(lambda: [entry for entry in world.hub.log("api", "POST", "/commit/") if entry.fault])
