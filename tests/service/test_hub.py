@@ -25,6 +25,7 @@ import yaml
 from merger.staging import JOBS
 from tests.checkpoints import write_model
 from tests.hub_server.fixtures import hub as running_hub
+from tests.hub_server.server import Mode
 from tests.service.processes import KEY, Service, lives, until
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ HELD = 90.0  # seconds that a request is held: longer than any test waits for wh
 class World:
     """A Hub with two private parents, and a service."""
 
-    def __init__(self, folder: Path, hub: Any, mode: str) -> None:
+    def __init__(self, folder: Path, hub: Any, mode: Mode) -> None:
         self.folder, self.hub = folder, hub
         hub.add_token(TOKEN, "me", orgs=("team",))
         hub.add_token(READER, "reader", orgs=("team",), role="read")
@@ -157,9 +158,18 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("hub")
-    with running_hub(folder, process=True) as hub:
-        world = World(folder, hub, "lfs")
+    yield from started(tmp_path_factory.mktemp("hub"), "lfs")
+
+
+@pytest.fixture
+def over_xet(tmp_path: Path) -> Iterator[World]:
+    """A world of its own, whose Hub keeps large files in Xet storage."""
+    yield from started(tmp_path, "xet")
+
+
+def started(folder: Path, mode: Mode) -> Iterator[World]:
+    with running_hub(folder, mode, process=True) as hub:
+        world = World(folder, hub, mode)
         try:
             world.start()
             yield world
@@ -258,7 +268,7 @@ def sha256(path: Path) -> str:
 def test_without_a_secret_private_models_stay_private_though_the_service_could_read_them(world: World) -> None:
     problem = world.refused(recipe("refused"))
     assert problem["detail"].startswith("hf://team/one: is not on the Hub, or is private")
-    assert "token" in problem["remedy"]
+    assert "--hub-token-secret" in problem["remedy"]
     assert problem["errors"][0]["pointer"] == "/recipe/checkpoints/0"
     assert {entry.token for entry in world.hub.log()} == {None}
     assert "me/refused" not in world.hub.repos()
@@ -393,17 +403,35 @@ def test_nothing_that_a_job_leaves_behind_knows_its_token(world: World, expected
     for process in world.service.processes("workers.runner"):
         process.kill()
     succeeded(world, job, "secretive", expected, attempts=2)
+    assert [text for text in told if TOKEN in text] == [], "in a command line or an environment"
+    search(world)
+    used = {(entry.origin, entry.token) for entry in world.hub.log()}
+    assert used == {("api", TOKEN), ("cdn", None)}, "at the API, and neither at the storage nor the service's own"
+
+
+def test_over_xet_it_is_the_same(over_xet: World) -> None:
+    job = over_xet.submit("result")
+    succeeded(over_xet, job, "result", over_xet.run("expected"))
+    search(over_xet)
+    assert not over_xet.hub.log("cdn", "PUT")
+    assert over_xet.hub.log("cas", "POST", "/xorbs/")
+    assert over_xet.hub.violations() == []
+    assert {entry.token for entry in over_xet.hub.log("api")} == {TOKEN}
+    assert not {TOKEN, SERVICE} & {entry.token for origin in ("cdn", "cas") for entry in over_xet.hub.log(origin)}
+
+
+def search(world: World) -> None:
+    """The token is in nothing that the API tells, and in no file of the service, of Ray or of a cache."""
     jobs = world.service.http.get("/v1/jobs", params={"limit": 200}).json()["jobs"]
     paths = [f"/v1/jobs/{one['id']}{what}" for one in jobs for what in ("", "/events?limit=1000", "/logs")]
-    told += [world.service.http.get(path).text for path in [*paths, "/v1/jobs", "/v1/secrets", "/metrics"]]
+    told = [world.service.http.get(path).text for path in [*paths, "/v1/jobs", "/v1/secrets", "/metrics"]]
     assert [text for text in told if TOKEN in text] == []
     ray = Path(json.loads((world.folder / "data" / "ray.json").read_text())["folder"])
     left = [path for folder in (world.folder, ray) for path in folder.rglob("*") if path.is_file()]
     names = {path.name for path in left}
-    assert {"jobs.db", "serve.log", "ray.log", f"job-driver-{job}-1.log", "raylet.out", "gcs_server.out"} <= names
+    runners = {f"job-driver-{one['id']}-1.log" for one in jobs}
+    assert {"jobs.db", "serve.log", "ray.log", "raylet.out", "gcs_server.out", *runners} <= names
     assert [path for path in left if TOKEN.encode() in path.read_bytes()] == []
-    used = {(entry.origin, entry.token) for entry in world.hub.log()}
-    assert used == {("api", TOKEN), ("cdn", None)}, "at the API, and neither at the storage nor the service's own"
 
 
 def belongs(process: psutil.Process, world: World) -> bool:

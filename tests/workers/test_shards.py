@@ -1,10 +1,12 @@
 """A shard's task as a plain generator: what it says, and what it raises. Ray runs it in `tests/service`."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from merger.destination import Destination, landed_in
+from merger import uploads
+from merger.destination import Destination, Landed, landed_in
 from merger.errors import SourceChanged, WriteFailed
 from merger.plan import Plan
 from merger.receipt import Receipt
@@ -15,7 +17,7 @@ from merger.uploads import Uploads
 from tests.service.processes import recipe, write_run
 from tests.shelf import Shelf
 from workers.resources import INTERPRETER, TaskSize, request_for
-from workers.shards import ShardTasks, Work, write_shard
+from workers.shards import ShardTasks, Uploading, Work, write_shard
 
 
 @pytest.fixture
@@ -103,6 +105,30 @@ def test_a_shard_whose_task_died_before_it_had_landed_is_brought_by_the_runner(
     assert finished == [receipt]
     *_, other = write_shard(plan.shards[1], work, "")
     assert isinstance(other, Receipt)
-    with Uploads(work.folder, shelf, ignore) as uploads:
-        assert sorted(uploads.land([receipt, other])) == [shard.name for shard in plan.shards]
+    with Uploads(work.folder, shelf, ignore) as under_way:
+        assert sorted(under_way.land([receipt, other])) == [shard.name for shard in plan.shards]
     assert shelf.files == [shard.name for shard in plan.shards]
+
+
+def test_a_task_gives_signs_while_it_uploads_and_only_as_long_as_an_upload_may_take(
+    plan: Plan, tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough, upload = threading.Event(), Shelf.upload
+
+    def slowly(self: Shelf, path: Path) -> Landed:
+        assert enough.wait(60)
+        return upload(self, path)
+
+    monkeypatch.setattr(Shelf, "upload", slowly)
+    monkeypatch.setattr(uploads, "_SIGN", 0.01)
+    signs: list[object] = []
+    for said in write_shard(plan.shards[0], work_in(plan, tmp_path, shelf), ""):
+        signs += [said] if isinstance(said, Uploading) else []
+        if len(signs) == 3:
+            enough.set()
+    assert len(signs) >= 3
+    assert isinstance(said, Receipt)
+    monkeypatch.setattr(uploads, "_GRACE", 0.0)
+    monkeypatch.setattr(uploads, "_SLOWEST", 1e12)
+    told = [*write_shard(plan.shards[1], work_in(plan, tmp_path, shelf), "")]
+    assert not [said for said in told if isinstance(said, Uploading)], "it stands still, as far as anybody can tell"
