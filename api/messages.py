@@ -59,6 +59,7 @@ _JOB: dict[str, Any] = {
     "result": {
         "fingerprint": "8c1f...",
         "parameters": 2048000,
+        "published": None,
         "files": [{"name": "model.safetensors", "size": 4096000, "xxh3": "d41d8cd98f00b204"}],
         "warnings": [],
     },
@@ -170,8 +171,10 @@ class JobOut(BaseModel):
     ended_at: datetime | None
     waiting_for: str = Field(description="Why a queued job is not started; empty where it only waits for its turn.")
     progress: ProgressOut
-    output: str = Field(description="The folder of the result.")
-    result: dict[str, Any] | None = Field(description="Files with checksums, fingerprint, warnings; once succeeded.")
+    output: str = Field(description="The folder of the result, or where it is only pushed to.")
+    result: dict[str, Any] | None = Field(
+        description="Files with checksums, fingerprint, warnings, the address where it was pushed to; once succeeded."
+    )
     error: ProblemOut | None
     attempts: list[AttemptOut]
     recipe: dict[str, Any]
@@ -260,6 +263,12 @@ def time_of(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+def _place_of(job: Job) -> str:
+    """Where people find a result: one that is only pushed leaves no folder."""
+    output = job.recipe.get("output", {})
+    return job.output if output.get("path") or not output.get("push") else str(output["push"])
+
+
 def job_out(job: Job) -> JobOut:
     """A job as clients see it."""
     progress = job.progress
@@ -281,7 +290,7 @@ def job_out(job: Job) -> JobOut:
             shards_done=progress.shards_done,
             shards=progress.shards,
         ),
-        output=job.output,
+        output=_place_of(job),
         result=dict(job.result) if job.result is not None else None,
         error=_problem_out(job.error),
         attempts=[

@@ -85,7 +85,7 @@ def validate(
         "parameters": plan.parameters,
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
-        "output": str(output),
+        "output": str(output) if document.output.path else document.output.push,
         "needs": asdict(request),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),

@@ -1,7 +1,8 @@
 """Uploads of finished shards while others are still made. Knows queues and threads; knows nothing of destinations."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,13 +12,24 @@ from merger.plan import Plan
 from merger.receipt import Receipt
 
 _AT_ONCE = 2  # each may use several connections
+_SIGN = 5.0  # seconds between two signs that uploads are under way
+_SLOWEST, _GRACE = 64 << 10, 60.0  # bytes a second, and seconds: what takes longer gives no signs any more
 
 
 class Uploads:
-    """Uploads the shards of a folder as they are finished; `with` waits for those that are under way."""
+    """Uploads the shards of a folder as they are finished; `with` waits for those that are under way.
 
-    def __init__(self, folder: Path, destination: Destination, say: Callable[[str], None]) -> None:
-        self._folder, self._destination, self._say = folder, destination, say
+    `on_sign` is called while `land` waits, as long as the slowest upload that is borne could take.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        destination: Destination,
+        say: Callable[[str], None],
+        on_sign: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder, self._destination, self._say, self._on_sign = folder, destination, say, on_sign
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="upload")
         self._under_way: dict[str, Future[Landed]] = {}
 
@@ -33,7 +45,12 @@ class Uploads:
         left = sum(not done.done() for done in self._under_way.values())
         if left:
             self._say(f"uploading to {self._destination.name}: {left} of {len(receipts)} files are left")
+        self._give_signs(time.monotonic() + _GRACE + sum(receipt.size for receipt in receipts) / _SLOWEST)
         return {name: done.result() for name, done in self._under_way.items()}
+
+    def _give_signs(self, until: float) -> None:
+        while time.monotonic() < until and wait(self._under_way.values(), _SIGN).not_done:
+            self._on_sign()
 
     def finish(self, plan: Plan, receipts: Sequence[Receipt]) -> str:
         """Wait for all shards and publish the folder; returns the address. Raises WriteFailed and OutputOccupied."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from merger.destination import landed_in, uploaded
 from merger.engine import write_shards
 from merger.errors import MergerError, OutputOccupied, WriteFailed
 from merger.plan import Plan
@@ -13,6 +14,7 @@ from merger.recipe import make_document
 from merger.run import Options, plan_of
 from merger.staging import JOBS, Staging, remove_staging
 from tests.service.processes import recipe, write_run
+from tests.shelf import Shelf
 
 
 @pytest.fixture
@@ -145,3 +147,48 @@ def test_without_hard_links_shards_are_moved(plan: Plan, tmp_path: Path, monkeyp
     second = Staging(tmp_path / "out", "job", 2)
     assert second.take(plan) == made
     assert (second.folder / made[0].file).stat().st_size == made[0].size
+
+
+# ---- what has landed ----------------------------------------------------------------------------------
+
+
+def test_what_has_landed_is_adopted_with_its_shard_and_not_brought_again(plan: Plan, tmp_path: Path) -> None:
+    shelf, other = Shelf(tmp_path / "shelf"), Shelf(tmp_path / "other")
+    shelf.prepare()
+    first = Staging(tmp_path / "out", "job", 1)
+    first.take(plan)
+    made = make(plan, first.folder, 0, 2)
+    landed = uploaded(first.folder, made[0].file, shelf)
+    for number in (2, 3):
+        later = Staging(tmp_path / "out", "job", number)
+        assert later.take(plan) == made
+        assert landed_in(later.folder, shelf) == {made[0].file: landed}
+    assert landed_in(later.folder, other) == {}, "it landed elsewhere"
+    for receipt in made:
+        uploaded(later.folder, receipt.file, shelf)
+    assert shelf.files == [receipt.file for receipt in made]
+
+
+def test_a_note_without_its_shard_is_not_adopted(plan: Plan, tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "shelf")
+    shelf.prepare()
+    first = Staging(tmp_path / "out", "job", 1)
+    first.take(plan)
+    [receipt] = make(plan, first.folder, 0)
+    uploaded(first.folder, receipt.file, shelf)
+    (first.folder / ".merger" / f"{receipt.file}.json").unlink()
+    second = Staging(tmp_path / "out", "job", 2)
+    assert second.take(plan) == []
+    assert landed_in(second.folder, shelf) == {}
+
+
+def test_a_fenced_attempt_cannot_note_that_its_shard_has_landed(plan: Plan, tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "shelf")
+    shelf.prepare()
+    first, second = Staging(tmp_path / "out", "job", 1), Staging(tmp_path / "out", "job", 2)
+    first.take(plan)
+    [receipt] = make(plan, first.folder, 0)
+    second.take(plan)
+    with pytest.raises(OSError):
+        uploaded(first.folder, receipt.file, shelf)
+    assert not first.folder.exists()

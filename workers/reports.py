@@ -35,7 +35,9 @@ class Word(Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an attempt is: its phase, bytes of output done and in all, shards done and in all; bytes it has read."""
+    """How far an attempt is: its phase, bytes of output done and in all, shards done and in all; bytes it has read;
+    `uploads` counts the signs that uploads are under way, which move nothing else.
+    """
 
     phase: str = "queued"
     done: int = 0
@@ -43,6 +45,7 @@ class Progress:
     shards_done: int = 0
     shards: int = 0
     read: int = 0
+    uploads: int = 0
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,10 @@ class Attempt:
         if destination is None:
             self._ask_to_publish()
             return None
-        with Uploads(folder, destination, self._say) as uploads:
+        self._tell("uploading")
+        with Uploads(folder, destination, self._say, self._uploading) as uploads:
             landed = uploads.land(receipts)
+            self._tell("publishing")
             self._ask_to_publish()
             return destination.publish(folder, plan, landed)
 
@@ -243,11 +245,14 @@ class Attempt:
             return []
         _connect()
         self._say(f"{len(shards)} shards to make")
-        self._tasks = ShardTasks(work, self._number, self._advance, self._finished, self._say)
+        self._tasks = ShardTasks(work, self._number, self._advance, self._finished, self._say, self._uploading)
         return self._tasks.run(shards)
 
     def _advance(self, count: int) -> None:
         self._tell(done=self._progress.done + count)
+
+    def _uploading(self) -> None:
+        self._tell(uploads=self._progress.uploads + 1)
 
     def _finished(self, shard: Shard, receipt: Receipt) -> None:
         self._tell(shards_done=self._progress.shards_done + 1, read=self._progress.read + shard.read_size)

@@ -1,7 +1,7 @@
 """One Ray task for each shard. Knows Ray's tasks and how they die; knows nothing of the API.
 
-A task streams numbers (bytes that it has written) and at last the shard's receipt. A task whose process died is run
-again, under another name for its unfinished file, unless the shard turns out to be finished.
+A task streams numbers (bytes that it has written), signs while it uploads, and at last the shard's receipt. A task
+whose process died is run again, under another name for its unfinished file, unless the shard turns out to be finished.
 """
 
 import queue
@@ -16,16 +16,24 @@ import ray
 
 from merger import kernels
 from merger.budget import Allotment
-from merger.destination import Destination, uploaded
+from merger.destination import Destination
 from merger.engine import write_shards
 from merger.errors import WorkerDied
 from merger.plan import Shard
 from merger.receipt import Receipt, read_receipt
+from merger.uploads import Uploads
 from workers.resources import Request
 
 _MOST_DEATHS = 4  # of the processes that work on one shard
 _IN_FLIGHT = 64  # tasks that Ray knows of at once: their plans lie in its store
 _TELL = 0.25  # seconds between two numbers of a task
+
+
+class Uploading:
+    """A sign that a shard is written, and on its way to the destination."""
+
+
+Said = int | Uploading | Receipt
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,10 @@ class Work:
     destination: Destination | None = None
 
 
-def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Receipt]:
-    """What a task does: numbers of bytes as they are written, then the receipt."""
+def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said]:
+    """What a task does: numbers of bytes as they are written, signs while it uploads, then the receipt."""
     kernels.load()
-    written: queue.SimpleQueue[int | Receipt | BaseException] = queue.SimpleQueue()
+    written: queue.SimpleQueue[Said | BaseException] = queue.SimpleQueue()
 
     def write() -> None:
         try:
@@ -59,7 +67,7 @@ def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Rece
                 on_bytes=written.put,
             )
             if work.destination:
-                uploaded(work.folder, receipt.file, work.destination)
+                _upload(receipt, work.folder, work.destination, lambda: written.put(Uploading()))
             written.put(receipt)
         except BaseException as error:
             written.put(error)
@@ -68,8 +76,13 @@ def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[int | Rece
     yield from _in_steps(written)
 
 
-def _in_steps(written: "queue.SimpleQueue[int | Receipt | BaseException]") -> Iterator[int | Receipt]:
-    """Numbers summed up over a moment, then the receipt. Raises what the engine raised."""
+def _upload(receipt: Receipt, folder: Path, destination: Destination, on_sign: Callable[[], None]) -> None:
+    with Uploads(folder, destination, lambda _text: None, on_sign) as uploads:
+        uploads.land([receipt])
+
+
+def _in_steps(written: "queue.SimpleQueue[Said | BaseException]") -> Iterator[Said]:
+    """Numbers summed up over a moment, signs, then the receipt. Raises what the engine raised."""
     total, due = 0, time.monotonic()
     while True:
         value = written.get()
@@ -79,6 +92,9 @@ def _in_steps(written: "queue.SimpleQueue[int | Receipt | BaseException]") -> It
             yield total
             yield value
             return
+        if isinstance(value, Uploading):
+            yield value
+            continue
         total += value
         if time.monotonic() >= due:
             yield total
@@ -102,8 +118,10 @@ class ShardTasks:
         on_bytes: Callable[[int], None],
         on_shard: Callable[[Shard, Receipt], None],
         say: Callable[[str], None],
+        on_upload: Callable[[], None] = lambda: None,
     ) -> None:
         self._work, self._attempt, self._on_bytes, self._on_shard, self._say = work, attempt, on_bytes, on_shard, say
+        self._on_upload = on_upload
         self._tasks: dict[Any, _Task] = {}
         self._deaths: dict[str, int] = {}
         self._remote: Any = ray.remote(write_shard).options(
@@ -155,6 +173,9 @@ class ShardTasks:
         if isinstance(said, int):
             task.written += said
             self._on_bytes(said)
+            return None
+        if isinstance(said, Uploading):
+            self._on_upload()
             return None
         del self._tasks[stream]
         self._on_bytes(task.shard.size - task.written)  # the header, and what a lost number would have said

@@ -158,5 +158,7 @@ def _files(job: Job) -> list[Path]:
         raise HTTPException(409, f"the job is {job.state}; files are there once it has succeeded")
     folder = Path(job.output)
     if not folder.is_dir():
-        raise HTTPException(404, f"{folder} is not there any more, or on storage that this API does not see")
+        address = (job.result or {}).get("published")
+        reason = "is not there any more, or on storage that this API does not see"
+        raise HTTPException(404, f"the result is at {address}" if address else f"{folder} {reason}")
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.is_symlink())

@@ -34,6 +34,7 @@ def described(job: dict[str, Any]) -> str:
         ("state", coloured(job["state"])),
         ("method", job["method"]),
         ("output", job["output"]),
+        ("published", (job["result"] or {}).get("published")),
         ("progress", share(job["progress"])),
         ("waiting for", job["waiting_for"]),
         ("labels", ", ".join(f"{name}={value}" for name, value in job["labels"].items())),

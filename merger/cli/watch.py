@@ -38,6 +38,8 @@ def follow(client: Client, job: str, *, as_json: bool) -> None:
     elif ended["state"] == "succeeded":
         for warning in ended["result"]["warnings"]:
             click.echo(f"{click.style('warning:', fg='yellow')} {warning}", err=True)
+        if ended["result"].get("published"):
+            click.echo(f"published: {ended['result']['published']}")
         click.echo(f"{coloured('succeeded')}: {ended['output']}")
     else:
         click.echo(f"{coloured(ended['state'])}: {explained(ended['error']) or 'no result'}")

@@ -28,6 +28,7 @@ from merger.storage.safetensors import header_of
 T = TypeVar("T")
 _CHUNK = 8 << 20
 _LARGEST_INDEX = 64 << 20  # bytes
+_HOW = "--token or HF_TOKEN; with `merger submit` --hub-token-secret"  # a token is given
 _TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 60.0}  # seconds
 
 
@@ -101,13 +102,13 @@ def explained(where: str) -> Iterator[None]:
         raise SourceError(
             "is gated, and the token may not read it",
             where=where,
-            remedy="Accept its terms on its page, and give the token of that account (--token or HF_TOKEN).",
+            remedy=f"Accept its terms on its page, and give the token of that account ({_HOW}).",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
             "is not on the Hub, or is private",
             where=where,
-            remedy="Check the name; for a private repository give a token that may read it (--token or HF_TOKEN).",
+            remedy=f"Check the name; for a private repository give a token that may read it ({_HOW}).",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError("has no such revision", where=where, remedy="Check the branch, tag or commit.") from error

@@ -49,10 +49,10 @@ class World:
         lease = self.now + self.settings.lease_seconds
         self.store.change(job, machine.Claimed(self.now, found.attempt.number, claim, "me", token, lease))
 
-    def report(self, job: str, done: int = 0) -> None:
+    def report(self, job: str, done: int = 0, uploads: int = 0) -> None:
         attempt = self.store.get(job).attempt
         lease = self.now + self.settings.lease_seconds
-        progress = Progress("writing", done, 100)
+        progress = Progress("writing", done, 100, uploads=uploads)
         happening = machine.Reported(self.now, attempt.number, attempt.reports + 1, progress, (), lease)
         self.store.change(job, happening)
 
@@ -139,6 +139,17 @@ def test_a_runner_that_gets_no_further_is_lost(world: World) -> None:
         world.round()
     assert world.state(job) == "queued"
     assert "no further" in world.store.get(job).attempt.error.message
+
+
+def test_a_runner_that_uploads_gets_further(world: World) -> None:
+    job = world.job()
+    world.round()
+    world.claim(job)
+    for i in range(20):
+        world.now += 8
+        world.report(job, 7, uploads=i)
+        world.round()
+    assert world.state(job) == "running"
 
 
 def test_a_runner_that_ray_forgot_is_left_alone_while_it_gets_further(world: World) -> None:

@@ -59,6 +59,13 @@ def kill_tree(pid: int) -> None:
                 process.kill()
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether a process has not ended, though nobody may have asked how it did."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 class Service:
     """`merger serve` in a folder, with a client that has its key."""
 

@@ -22,7 +22,7 @@ from merger.cli.terminal import Silent
 from merger.recipe import make_document
 from merger.run import Options, run
 from merger.staging import JOBS
-from tests.service.processes import Cluster, Service, free_port, kill_tree, recipe, until, write_run
+from tests.service.processes import Cluster, Service, free_port, kill_tree, lives, recipe, until, write_run
 
 SHARDS = 12
 
@@ -189,17 +189,11 @@ def test_an_orphan_cannot_change_the_result(cluster: tuple[Service, Cluster], ex
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in halfway.output.iterdir()}
     for process in orphans:
         process.resume()
-    until(lambda: not any(map(_lives, orphans)))  # they find out by themselves that they no longer count
+    until(lambda: not any(map(lives, orphans)))  # they find out by themselves that they no longer count
     for process in supervisors:
         process.resume()
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in halfway.output.iterdir()} == before
     assert not (service.folder / JOBS).exists()
-
-
-def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @pytest.mark.slow
