@@ -51,6 +51,9 @@ class ObjectDestination(Destination):
     def name(self) -> str:
         return str(self.location)
 
+    def admit(self) -> None:
+        self._names()  # that there is such a bucket, and that the keys open it
+
     def check(self, plan: Plan) -> str | None:
         names = self._names()
         if MANIFEST in names and _last(plan) in names and self._fingerprint(MANIFEST) == plan.fingerprint:

@@ -259,12 +259,15 @@ def test_who_may_only_read_is_refused_before_anything_is_made(bucket, result, mo
     assert not any(key in str(caught.value) for key in bucket.server.reader)
 
 
-def test_a_bucket_that_is_not_there(result):
+def test_what_is_no_address_is_no_destination():
     with pytest.raises(SourceError, match="is not an address"):
         object_destination("s3://")
 
 
-def test_a_missing_bucket_is_told_by_the_check(bucket, result):
+def test_a_missing_bucket_is_told_first(bucket, result):
+    object_destination(bucket.url("out")).admit()
+    with pytest.raises(SourceError, match="no such bucket"):
+        object_destination("s3://no-such-bucket/x").admit()
     with pytest.raises(SourceError, match="no such bucket"):
         object_destination("s3://no-such-bucket/x").check(result[1])
 

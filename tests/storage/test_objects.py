@@ -2,12 +2,14 @@
 
 import pickle
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from merger.errors import FormatError, ReadFailed, SourceChanged, SourceError
-from merger.storage.objects import ObjectFolder, object_at
+from merger.storage import objects, patience
+from merger.storage.objects import ObjectFile, ObjectFolder, object_at
 from merger.storage.stores import location_of, store_for
 from tests.checkpoints import write_model
 
@@ -78,6 +80,46 @@ def test_a_store_that_fails_for_good_is_given_up(bucket, file):
     bucket.server.fault(method="GET", status=500)
     with pytest.raises(ReadFailed, match="failed 8 times, the last time: HTTP 500 Injected: fault 500"):
         fetched(file, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        ({"size": 11}, SourceChanged, "has 11 bytes, 10 were planned"),
+        ({"range": (0, 9)}, ReadFailed, "another range"),
+        ({"body": [b"0123456789X"]}, ReadFailed, "more than was asked for"),
+        ({"body": []}, ReadFailed, "ended 10 bytes early"),
+    ],
+)
+def test_answers_that_are_not_what_was_asked_for(monkeypatch, answer, error, message):
+    given = {"size": 10, "range": (0, 10), "body": [b"0123456789"], **answer}
+    reply = SimpleNamespace(meta=given, range=given["range"], stream=lambda _: iter(given["body"]))
+    monkeypatch.setattr(objects, "store_for", lambda _: SimpleNamespace(get=lambda _, options: reply))
+    monkeypatch.setattr(patience, "_FIRST", 0.001)
+    with pytest.raises(error, match=message):
+        fetched(ObjectFile(location_of("s3://b/a"), 10, '"e"', "v1"), 0, 10)
+
+
+def test_an_object_without_an_etag_is_refused(monkeypatch):
+    told = {"size": 1, "e_tag": None, "version": None}
+    monkeypatch.setattr(objects, "store_for", lambda _: SimpleNamespace(head=lambda _: told))
+    with pytest.raises(SourceError, match="no ETag"):
+        object_at("s3://b/a")
+
+
+def test_a_cache_that_cannot_be_written_is_told(bucket, file, monkeypatch, tmp_path):
+    (tmp_path / "taken").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    with pytest.raises(ReadFailed, match="cannot be kept in the cache") as caught:
+        file.download()
+    assert "XDG_CACHE_HOME" in caught.value.remedy
+
+
+def test_an_index_that_is_far_too_large_is_not_fetched(bucket, monkeypatch):
+    bucket.store.put("m/model.safetensors.index.json", b"{}")
+    monkeypatch.setattr(objects, "_LARGEST_INDEX", 1)
+    with pytest.raises(FormatError, match="an index of 2 bytes"):
+        ObjectFolder(location_of(bucket.url("m"))).path("model.safetensors.index.json")
 
 
 def test_a_download_is_kept_and_checked(bucket, file):
