@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +19,8 @@ _SLOWEST, _GRACE = 64 << 10, 60.0  # bytes a second, and seconds: what takes lon
 
 
 class Uploads:
-    """Uploads the shards of a folder as they are finished; `with` waits for those that are under way.
+    """Uploads the shards of a folder as they are finished. `with` waits for those that are under way, unless it is left
+    by an interruption: the next run sends them again.
 
     `on_sign` is called while `land` waits, as long as the slowest upload that is borne could take.
     """
@@ -30,13 +33,27 @@ class Uploads:
         on_sign: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder, self._destination, self._say, self._on_sign = folder, destination, say, on_sign
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="upload")
         self._under_way: dict[str, Future[Landed]] = {}
+        self._waiting: SimpleQueue[str | None] = SimpleQueue()
+        self._threads = [Thread(target=self._work, name=f"upload-{i}", daemon=True) for i in range(_AT_ONCE)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while name := self._waiting.get():
+            done = self._under_way[name]
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(uploaded(self._folder, name, self._destination))
+            except BaseException as error:
+                done.set_exception(error)
 
     def add(self, receipt: Receipt) -> None:
         """Upload a finished shard, unless that was done."""
         if receipt.file not in self._under_way:
-            self._under_way[receipt.file] = self._pool.submit(uploaded, self._folder, receipt.file, self._destination)
+            self._under_way[receipt.file] = Future()
+            self._waiting.put(receipt.file)
 
     def land(self, receipts: Sequence[Receipt]) -> Mapping[str, Landed]:
         """Wait until every shard has landed. Raises WriteFailed."""
@@ -62,6 +79,12 @@ class Uploads:
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for done in self._under_way.values():
+            done.cancel()
+        for _ in self._threads:
+            self._waiting.put(None)
+        if error is None or isinstance(error, Exception):
+            for thread in self._threads:
+                thread.join()
