@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merger.ahead import Ahead
+from merger.ahead import Ahead, Demand
 from merger.budget import Allotment
 from merger.checksum import LEAF, checksum, leaves
 from merger.dtypes import DTYPES
 from merger.errors import MergerError, NonFiniteInput, WriteFailed
-from merger.expression import ByteRange, Expression, Fetch, File
+from merger.expression import Expression, Fetch, File
 from merger.kernels import Bytes, count_non_finite
 from merger.measuring import measured
 from merger.plan import Entry, Shard, read_again, remote_files
-from merger.reader import OpenFiles, read
+from merger.reader import OpenFiles, download, read
 from merger.receipt import FOLDER, Receipt, write_receipt
 from merger.remote import Remote
 from merger.storage.disk import OutputFile, page_aligned, round_up, sync_folder
@@ -55,6 +55,7 @@ def write_shards(
     again = read_again(shards)
     inputs = OpenFiles(again, cached)
     try:
+        download(remote_files(shards, cached))
         shards = measured(shards, inputs, allotment.threads)
         inputs.ahead = _ahead(shards, allotment, cached)
         work = _Work(shards, output, allotment.block, fingerprint, execution, on_shard)
@@ -68,23 +69,19 @@ def write_shards(
 
 def _ahead(shards: Sequence[Shard], allotment: Allotment, cached: Collection[str]) -> Ahead | None:
     """What fetches remote files ahead of the blocks, or None where everything is here."""
-    if not allotment.ahead or all(address in cached for address in remote_files(shards)):
+    if not allotment.ahead or all(remote.address in cached for remote in remote_files(shards)):
         return None
-    demands = (
-        ((shard.name, start), _remote_ranges(shard, start, stop, cached))
-        for shard in shards
-        for start, stop in _spans(shard, allotment.block)
-    )
-    return Ahead(demands, allotment.ahead)
+    return Ahead(_demands(shards, allotment.block, cached), allotment.ahead)
 
 
-def _remote_ranges(shard: Shard, start: int, stop: int, cached: Collection[str]) -> list[ByteRange]:
-    return [
-        part
-        for entry, first, last in _within(shard, [entry.offset for entry in shard.entries], start, stop)
-        for part in entry.expression.reads(first, last)
-        if isinstance(part.file.path, Remote) and part.file.path.address not in cached
-    ]
+def _demands(shards: Sequence[Shard], block: int, cached: Collection[str]) -> Iterator[Demand]:
+    """The blocks in their order, each with the bytes of remote files that it is made from."""
+    for shard in shards:
+        offsets = [entry.offset for entry in shard.entries]
+        for start, stop in _spans(shard, block):
+            parts = (part for e, a, b in _within(shard, offsets, start, stop) for part in e.expression.reads(a, b))
+            wanted = [p for p in parts if isinstance(p.file.path, Remote) and p.file.path.address not in cached]
+            yield (shard.name, start), wanted
 
 
 def _spans(shard: Shard, block: int) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -191,7 +191,8 @@ def fetch_size(plan: Plan) -> int:
     return whole + sum(p.stop - p.start for p in parts if isinstance(p.file.path, Remote) and p.file not in again)
 
 
-def remote_files(shards: Iterable[Shard]) -> set[str]:
-    """The addresses of the files elsewhere that are read."""
+def remote_files(shards: Iterable[Shard], among: Collection[str] | None = None) -> set[Remote]:
+    """The files elsewhere that are read, those with an address `among` these where such are given."""
     leaves = chain.from_iterable(entry.expression.leaves() for shard in shards for entry in shard.entries)
-    return {leaf.file.path.address for leaf in leaves if isinstance(leaf.file.path, Remote)}
+    found = {leaf.file.path for leaf in leaves if isinstance(leaf.file.path, Remote)}
+    return found if among is None else {remote for remote in found if remote.address in among}

@@ -13,6 +13,7 @@ from merger.licenses import Verdict, require_license, verdict
 from merger.object_destination import object_destination
 from merger.plan import Plan, read_again, remote_files
 from merger.recipe import Document, Output
+from merger.remote import Remote
 from merger.storage.hub import Access
 from merger.storage.stores import in_store
 
@@ -65,5 +66,5 @@ def cached_files(plan: Plan, cache: Cache) -> Collection[str]:
     if not plan.is_remote:
         return ()
     if cache == "full":
-        return remote_files(plan.shards)
-    return {str(file.path) for file in read_again(plan.shards)} & remote_files(plan.shards)
+        return {remote.address for remote in remote_files(plan.shards)}
+    return {file.path.address for file in read_again(plan.shards) if isinstance(file.path, Remote)}

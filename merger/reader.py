@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from merger.expression import ByteRange, File
 from merger.kernels import Bytes
 from merger.remote import Remote
 from merger.storage.disk import PAGE, InputFile, round_up
+
+_DOWNLOADS = 4  # files at once
 
 
 class RemoteInput:
@@ -148,6 +151,12 @@ def _open_unchanged(file: File, path: Path, *, again: bool) -> InputFile:
 def on_disk(file: File) -> Path:
     """The whole file on this machine, downloaded first where it is elsewhere. Raises ReadFailed and SourceChanged."""
     return file.path.download() if isinstance(file.path, Remote) else file.path
+
+
+def download(files: Iterable[Remote]) -> None:
+    """Bring whole remote files to this machine, several at once. Raises ReadFailed and SourceChanged."""
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        list(pool.map(lambda file: file.download(), files))
 
 
 def part_of(file: File, start: int, stop: int) -> bytes:

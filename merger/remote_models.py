@@ -8,18 +8,18 @@ from glob import has_magic
 from merger.checkpoint import Checkpoint, checkpoint_of
 from merger.errors import PickledWeights, SourceError
 from merger.storage.folder import PICKLES, ModelFolder, declared, open_place
-from merger.storage.hub import Access, HubFolder, branches, pinned
+from merger.storage.hub import Access, HubFolder, Pin, branches, pinned
 from merger.storage.place import natural
 from merger.storage.reference import Reference, reference_of
 
 
-def open_on_hub(text: str, access: Access) -> Checkpoint:
-    """The checkpoint that a reference names, pinned to the commit that its revision names now.
+def open_on_hub(text: str, access: Access, pin: Pin = pinned) -> Checkpoint:
+    """The checkpoint that a reference names, at the commit that `pin` finds for its revision.
 
     Raises SourceError, FormatError or PickledWeights.
     """
     reference = reference_of(text)
-    repository = pinned(reference, access)
+    repository = pin(reference, access)
     folder, _, name = reference.folder.rpartition("/")
     if any(fnmatchcase(name, pattern) for pattern in PICKLES):
         raise PickledWeights("is a pickle, which merger does not read", where=text)
@@ -57,14 +57,14 @@ def hub_step(reference: Reference) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def hub_matches(text: str, access: Access) -> list[str]:
+def hub_matches(text: str, access: Access, pin: Pin = pinned) -> list[str]:
     """The references that a pattern matches, in natural order: over branches and tags, or over folders and files of
     weights.
 
     Raises SourceError where nothing matches.
     """
     pattern = reference_of(text)
-    found = _revisions(pattern, access) if has_magic(pattern.revision) else _folders(pattern, access)
+    found = _revisions(pattern, access) if has_magic(pattern.revision) else _folders(pattern, access, pin)
     if not found:
         raise SourceError("matches nothing on the Hub", where=f"checkpoints: {text}")
     return sorted(map(str, found), key=natural)
@@ -77,11 +77,11 @@ def _revisions(pattern: Reference, access: Access) -> list[Reference]:
     return [Reference(pattern.repository, n, pattern.folder) for n in names if fnmatchcase(n, pattern.revision)]
 
 
-def _folders(pattern: Reference, access: Access) -> list[Reference]:
+def _folders(pattern: Reference, access: Access, pin: Pin) -> list[Reference]:
     parent, _, last = pattern.folder.rpartition("/")
     if has_magic(parent):
         raise SourceError("has a pattern before the last part of its folder", where=str(pattern))
-    place = HubFolder(pinned(pattern, access), parent, str(pattern))
+    place = HubFolder(pin(pattern, access), parent, str(pattern))
     names = [name for name in place.matches(last) if not place.has(name) or name.endswith(".safetensors")]
     above = f"{parent}/" if parent else ""
     return [Reference(pattern.repository, pattern.revision, above + name) for name in names]

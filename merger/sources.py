@@ -14,7 +14,7 @@ from merger.errors import ReadFailed, SourceError
 from merger.methods.method import Member, Method, Sources
 from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
-from merger.storage.hub import Access, access_for, own_access
+from merger.storage.hub import Access, access_for, own_access, pin_once
 from merger.storage.place import natural
 from merger.storage.reference import SCHEME, looks_remote, reference_of
 from merger.storage.stores import in_store
@@ -60,6 +60,7 @@ class LocalSources(Sources):
         self._roots = roots or Roots()
         self._stores = stores
         self.hub = cache(access or own_access)
+        self._pin = pin_once()
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
@@ -69,7 +70,8 @@ class LocalSources(Sources):
             admit_location(checkpoints, self._stores)
             members = tuple(Member(address, store_step(address)) for address in store_matches(checkpoints))
         elif has_magic(checkpoints) and self._is_remote(checkpoints):
-            members = tuple(Member(name, hub_step(reference_of(name))) for name in hub_matches(checkpoints, self.hub()))
+            found = hub_matches(checkpoints, self.hub(), self._pin)
+            members = tuple(Member(name, hub_step(reference_of(name))) for name in found)
         elif has_magic(checkpoints):
             self._roots.admit(_fixed_part(checkpoints), checkpoints)
             members = tuple(Member(path, step_of(Path(path))) for path in _matches(checkpoints))
@@ -122,7 +124,7 @@ class LocalSources(Sources):
 
     def _open_on_hub(self, reference: str) -> Checkpoint:
         try:
-            return open_on_hub(reference, self.hub())
+            return open_on_hub(reference, self.hub(), self._pin)
         except (SourceError, ReadFailed) as error:
             if reference.startswith(SCHEME) or type(error) not in (SourceError, ReadFailed):
                 raise

@@ -13,7 +13,7 @@ from merger.host import processors
 from merger.kernels import Bytes
 from merger.measuring import measured
 from merger.plan import make_plan, remote_files
-from merger.reader import OpenFiles, read
+from merger.reader import OpenFiles, download, read
 from merger.storage.disk import page_aligned
 
 _BLOCK = 1 << 20  # elements
@@ -23,8 +23,10 @@ def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
     """Every tensor with its bytes in row-major order. Raises ReadFailed and SourceChanged."""
     threads = processors()
     whole = make_plan(replace(checkpoint, optimizer={}), {}, shard_size=1 << 62)
-    inputs = OpenFiles(cached=remote_files(whole.shards))  # all of them will be read
+    remote = remote_files(whole.shards)  # all of them will be read
+    inputs = OpenFiles(cached={file.address for file in remote})
     try:
+        download(remote)
         [shard] = measured(whole.shards, inputs, threads)
         with ThreadPoolExecutor(threads) as pool:
             made = pool.map(lambda entry: _evaluate(entry.expression, inputs), shard.entries)

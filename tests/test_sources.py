@@ -5,8 +5,11 @@ import pytest
 
 from merger.errors import SourceError
 from merger.recipe import make_document, resolve
+from merger.secret import Token
 from merger.sources import LocalSources
+from merger.storage.hub import Access
 from tests.checkpoints import write_model
+from tests.hub_server.fixtures import hub
 
 
 def names(folder, pattern):
@@ -47,3 +50,17 @@ def test_home_may_be_written_short(tmp_path, monkeypatch):
 def test_an_empty_list_is_refused():
     with pytest.raises(SourceError, match="names no checkpoint"):
         resolve(make_document({"method": "average", "checkpoints": []}))
+
+
+def test_all_references_to_a_revision_mean_one_commit_though_the_branch_moves_meanwhile(tmp_path):
+    model = write_model(tmp_path / "model", {"x": np.ones(4, np.float32)})
+    files = {f"run/step-{i}/{path.name}": path.read_bytes() for i in (1, 2) for path in model.iterdir()}
+    with hub(tmp_path) as server:
+        server.add_model("org/run", model)
+        server.write("org/run", files)
+        sources = LocalSources(access=lambda: Access(server.endpoint, Token(server.token)))
+        first, other = sources.members("hf://org/run/run/step-*")
+        opened = sources.open(first)
+        server.write("org/run", {"run/step-2/README.md": b"moved"})
+        commits = {checkpoint.parts[0].source.revision for checkpoint in (opened, sources.open(other))}
+    assert len(commits) == 1

@@ -274,6 +274,22 @@ def pinned(reference: Reference, access: Access) -> Repository:
     return Repository(info.id, info.sha, bool(info.gated), access)
 
 
+Pin = Callable[[Reference, Access], Repository]
+
+
+def pin_once() -> Pin:
+    """`pinned`, asked once for each revision: all references to it mean the same commit."""
+    known: dict[tuple[str, str], Repository] = {}
+
+    def pin(reference: Reference, access: Access) -> Repository:
+        key = reference.repository, reference.revision
+        if key not in known:
+            known[key] = pinned(reference, access)
+        return known[key]
+
+    return pin
+
+
 class HubFolder(Place):
     """A folder of a repository at a commit."""
 
