@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import merger.run
 from merger.destination import Landed
 from merger.errors import JobError, OutputOccupied, SourceError, WriteFailed
 from merger.object_destination import object_destination
@@ -371,8 +370,7 @@ def test_an_upload_that_is_interrupted_leaves_nothing_begun(bucket, tmp_path, mo
 # ---- the whole flow -----------------------------------------------------------------------------------
 
 
-def test_a_recipe_pushes_while_it_is_made(bucket, models, result, monkeypatch, tmp_path):
-    monkeypatch.setattr(merger.run, "destination_of", lambda output, _access: object_destination(output.push))
+def test_a_recipe_pushes_while_it_is_made(bucket, models, result, tmp_path):
     document = recipe(models, 0.5, push=bucket.url("whole"), accept_license=True)
     outcome = run(document, Options(parity="off"), Silent())
     assert outcome.published == f"s3://{bucket.name}/whole"
@@ -386,8 +384,7 @@ def test_a_recipe_pushes_while_it_is_made(bucket, models, result, monkeypatch, t
     assert bucket.server.log("PUT") == []
 
 
-def test_a_run_that_could_not_publish_goes_on_with_what_landed(bucket, models, monkeypatch):
-    monkeypatch.setattr(merger.run, "destination_of", lambda output, _access: object_destination(output.push))
+def test_a_run_that_could_not_publish_goes_on_with_what_landed(bucket, models):
     document = recipe(models, 0.5, push=bucket.url("whole"), accept_license=True)
     bucket.server.fault(method="PUT", path="config.json", status=418)
     with pytest.raises(JobError, match="HTTP 418"):

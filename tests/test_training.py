@@ -282,7 +282,7 @@ def test_a_process_ends_when_nobody_waits_for_it_any_more(place):
     """A stage that would take a day, whose runner goes away: as its standard input ends, so does it."""
     stage = replace(STAGE, steps=10_000_000)
     request = {"stage": asdict(stage), "bodies": [("base", 1.0)], "head": None, "folder": str(place / "run")}
-    request |= {"key": "key", "keep_seconds": 20.0, "threads": 1, "roots": []}
+    request |= {"key": "key", "keep_seconds": 20.0, "threads": 1, "reach": OWN.as_data()}
     command = [sys.executable, "-m", "merger.training"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
