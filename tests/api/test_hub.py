@@ -149,6 +149,16 @@ def test_private_models_need_a_token_that_may_read_them(
     assert {entry.token for entry in server.log("api")} == {"hf_stranger" if secret else None}
 
 
+@pytest.mark.parametrize("secret", [None, "stranger"])
+def test_a_gated_model_that_one_token_has_opened_is_closed_to_another(
+    client: TestClient, server: HubServer, secret: str | None
+) -> None:
+    server.protect("org/free", gated=True)
+    assert submit(client).status_code == 201
+    kind, detail = refusal(submit(client, secret=secret))
+    assert (kind, "gated" in detail) == ("source-error", True), detail
+
+
 @pytest.mark.parametrize(
     "output", [{"push": "hf://me/x/folder"}, {"push": "hf://me"}, {"push": None, "path": "x", "branch": "b"}]
 )

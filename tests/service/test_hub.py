@@ -275,14 +275,16 @@ def test_without_a_secret_private_models_stay_private_though_the_service_could_r
 
 
 def test_a_target_that_the_token_may_not_write_to_is_refused_before_anything_moves(world: World) -> None:
-    problem = world.refused(recipe("refused"), "reader")
-    assert "may write to" in problem["detail"]
-    assert "me/refused" in problem["detail"]
+    world.hub.write("team/empty", {"README.md": b"To be filled."})
+    for target, secret in [("me/x", "reader"), ("reader/x", "reader"), ("team/empty", "reader"), ("nobody/x", "mine")]:
+        content = recipe("x")
+        content["output"]["push"] = f"hf://{target}"
+        problem = world.refused(content, secret)
+        assert problem["detail"].startswith(f"hf://{target}: "), problem
+        assert "may" in problem["detail"]
+        assert problem["errors"][0]["pointer"] == "/recipe/output/push"
     assert {entry.method for entry in world.hub.log()} <= {"GET", "HEAD"}
-    assert "me/refused" not in world.hub.repos()
-    elsewhere = recipe("refused")
-    elsewhere["output"]["push"] = "hf://nobody/refused"
-    assert "hf://nobody/refused" in world.refused(elsewhere, "mine")["detail"]
+    assert not {"me/x", "reader/x", "nobody/x"} & {*world.hub.repos()}
 
 
 def test_a_target_that_holds_something_else_is_refused(world: World) -> None:
