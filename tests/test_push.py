@@ -344,10 +344,13 @@ def test_fields_of_a_push_need_one():
     for output in (Output(branch="v2"), Output(create_pr=True)):
         with pytest.raises(RecipeError, match=r"output\.push: is missing"):
             destination_of(output, access)
-    for text in ("hf://me", "s3://bucket/x", "hf://me/x/../y"):
+    for text in ("hf://me", "ftp://bucket/x", "hf://me/x/../y"):
         assert is_destination(text)
         with pytest.raises(SourceError):
             destination_of(Output(push=text), access)
+    for output in (Output(push="s3://bucket/x", branch="v2"), Output(push="s3://bucket/x", create_pr=True)):
+        with pytest.raises(RecipeError, match="no branches"):
+            destination_of(output, access)
 
 
 # ---- what others make of it ---------------------------------------------------------------------------
