@@ -11,19 +11,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
-
-import httpx2
 
 from merger.errors import FormatError, JobError, MergerError, ReadFailed, SourceError
 from merger.remote import Remote
 from merger.secret import Token
-from merger.storage import ranges, xet
+from merger.storage import xet
 from merger.storage.patience import PASSING, Again, asked_delay, persist
 from merger.storage.place import Place, WeightFile, beginning_of
 from merger.storage.reference import Reference
 from merger.storage.safetensors import header_of
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from merger.storage import ranges
 
 T = TypeVar("T")
 _CHUNK = 8 << 20
@@ -32,12 +35,20 @@ _HOW = "--token or HF_TOKEN; with `merger submit` --hub-token-secret"  # a token
 _TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 60.0}  # seconds
 
 
+def _ranges() -> Any:
+    """`merger.storage.ranges`, imported where something is on the Hub."""
+    from merger.storage import ranges  # noqa: PLC0415  (urllib3)
+
+    return ranges
+
+
 @cache
 def library() -> Any:
     """`huggingface_hub`, its requests bounded in time, without progress bars and telemetry."""
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_UPDATE_CHECK"):
         os.environ.setdefault(name, "1")
-    import huggingface_hub  # noqa: PLC0415  (a third of a second)
+    import httpx2  # noqa: PLC0415  (a third of a second, with the next)
+    import huggingface_hub  # noqa: PLC0415
     from huggingface_hub.utils._http import hf_request_event_hook  # noqa: PLC0415
 
     def bound(request: Any) -> None:
@@ -93,6 +104,7 @@ def asked(ask: Callable[[], T], where: str, failure: type[JobError] = ReadFailed
 @contextmanager
 def explained(where: str) -> Iterator[None]:
     """The library's exceptions as our own. Raises SourceError, ReadFailed and Again."""
+    import httpx2  # noqa: PLC0415
     from huggingface_hub import errors  # noqa: PLC0415
 
     failure: BaseException | None = None
@@ -132,7 +144,7 @@ def explained(where: str) -> Iterator[None]:
             raise failure
 
 
-def _of_answer(answer: httpx2.Response | None, where: str, says: str) -> MergerError | Again:
+def _of_answer(answer: "httpx2.Response | None", where: str, says: str) -> MergerError | Again:
     if answer is None or answer.status_code in PASSING:
         return Again(says, asked_delay(answer.headers) if answer is not None else None)
     if answer.status_code in (401, 403):
@@ -159,7 +171,7 @@ class HubFile(Remote):
     sha256: str | None
     xet_hash: str | None
     access: Access = field(repr=False)
-    resolved: ranges.Address | None = field(default=None, repr=False)  # what another process has asked for already
+    resolved: "ranges.Address | None" = field(default=None, repr=False)  # what another process has asked for already
 
     @property
     def address(self) -> str:
@@ -177,8 +189,8 @@ class HubFile(Remote):
             xet.fetch(repository, self.xet_hash, self.address, self.size, start, into)
             return
         if self.resolved:
-            ranges.ADDRESSES.learn(self.url, self.access.token, self.resolved)
-        ranges.fetch(self.url, self.access.token, self.size, start, into)
+            _ranges().ADDRESSES.learn(self.url, self.access.token, self.resolved)
+        _ranges().fetch(self.url, self.access.token, self.size, start, into)
 
     def download(self) -> Path:
         """The whole file in the cache of `huggingface_hub`; its content is compared with the tree's hash once."""
@@ -200,7 +212,7 @@ class HubFile(Remote):
 
     def __getstate__(self) -> dict[str, Any]:
         """With the address that this process knows, so that the next one need not ask for it."""
-        known = ranges.ADDRESSES.known(self.url, self.access.token) or self.resolved
+        known = _ranges().ADDRESSES.known(self.url, self.access.token) or self.resolved
         shared = known if known and known.token is None else None
         return {**self.__dict__, "resolved": shared}
 
