@@ -48,7 +48,7 @@ class Roots:
 class LocalSources(Sources):
     """Models in local folders below `roots`, models on the Hub, models in object stores below one of the addresses in
     `stores` (None: in any), and recipes within the recipe. `access` says which Hub, with which token, when it is first
-    needed (the environment's without).
+    needed (the environment's without); the file `pins` keeps the commits that revisions meant.
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class LocalSources(Sources):
         roots: Roots | None = None,
         access: Callable[[], Access] | None = None,
         stores: Collection[str] | None = None,
+        pins: Path | None = None,
     ) -> None:
         self._roots = roots or Roots()
         self._stores = stores
         self.hub = cache(access or own_access)
-        self._pin = pin_once()
+        self._pin = pin_once(pins)
         self._opened: dict[str, Checkpoint] = {}  # so that a model that is named twice is read once
 
     def members(self, checkpoints: str | Sequence[str | Method]) -> tuple[Member, ...]:
@@ -159,7 +160,7 @@ def _fixed_part(pattern: str) -> Path:
     return folder
 
 
-def sources_within(reach: Reach) -> LocalSources:
-    """The models within reach."""
+def sources_within(reach: Reach, pins: Path | None = None) -> LocalSources:
+    """The models within reach; the file `pins` keeps the commits that revisions on the Hub meant."""
     access = own_access if reach.own_token else partial(access_for, reach.token)
-    return LocalSources(Roots(map(Path, reach.roots)), access, reach.stores)
+    return LocalSources(Roots(map(Path, reach.roots)), access, reach.stores, pins)

@@ -30,6 +30,7 @@ class Staging:
         self._job = output.parent / JOBS / job
         self.folder = self._job / f"attempt-{number}"
         self.scores = self._job / "scores"  # of all attempts: what was measured is not measured again
+        self.pins = self._job / "pins.json"  # of all attempts: a branch that moves meanwhile makes no other job
 
     def take(self, plan: Plan) -> list[Receipt]:
         """Make the folder, fence every earlier attempt and adopt its finished shards; returns their receipts.

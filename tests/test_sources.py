@@ -64,3 +64,17 @@ def test_all_references_to_a_revision_mean_one_commit_though_the_branch_moves_me
         server.write("org/run", {"run/step-2/README.md": b"moved"})
         commits = {checkpoint.parts[0].source.revision for checkpoint in (opened, sources.open(other))}
     assert len(commits) == 1
+
+
+def test_what_was_pinned_for_a_job_stays_pinned_in_its_next_attempt(tmp_path):
+    model = write_model(tmp_path / "model", {"x": np.ones(4, np.float32)})
+    pins = tmp_path / "job" / "pins.json"
+    with hub(tmp_path) as server:
+        first = server.add_model("org/run", model)
+        found = []
+        for _ in range(2):
+            sources = LocalSources(access=lambda: Access(server.endpoint, Token(server.token)), pins=pins)
+            [member] = sources.members("hf://org/run")
+            found.append(sources.open(member).parts[0].source.revision)
+            server.write("org/run", {"README.md": b"moved"})
+    assert found == [first, first]

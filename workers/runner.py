@@ -123,7 +123,7 @@ class Attempt:
         size = TaskSize(order.task_cpus, order.task_memory)
         document = make_document(order.recipe)
         self._reach = self._all(document)
-        sources = sources_within(self._reach)
+        sources = sources_within(self._reach, self._staging.pins)
         document, evidence = self._choose(document, sources, size)
         plan, _ = plan_of(document, Options(size.memory), sources)
         destination = destination_of(document.output, sources.hub)

@@ -5,10 +5,11 @@ and nowhere else.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from merger.errors import FormatError, JobError, MergerError, ReadFailed, Source
 from merger.remote import Remote
 from merger.secret import Token
 from merger.storage import xet
+from merger.storage.disk import write_atomically
 from merger.storage.patience import PASSING, Again, asked_delay, persist
 from merger.storage.place import Place, WeightFile, beginning_of
 from merger.storage.reference import Reference
@@ -289,14 +291,21 @@ def pinned(reference: Reference, access: Access) -> Repository:
 Pin = Callable[[Reference, Access], Repository]
 
 
-def pin_once() -> Pin:
-    """`pinned`, asked once for each revision: all references to it mean the same commit."""
-    known: dict[tuple[str, str], Repository] = {}
+def pin_once(kept: Path | None = None) -> Pin:
+    """`pinned`, asked once for each revision: all references to it mean the same commit. Revisions in the file `kept`,
+    which this writes, still mean what they meant when it was written.
+    """
+    known: dict[str, Repository] = {}
+    commits: dict[str, str] = json.loads(kept.read_text()) if kept and kept.exists() else {}
 
     def pin(reference: Reference, access: Access) -> Repository:
-        key = reference.repository, reference.revision
+        key = f"{reference.repository}@{reference.revision}"
         if key not in known:
-            known[key] = pinned(reference, access)
+            known[key] = pinned(replace(reference, revision=commits.get(key, reference.revision)), access)
+        if kept and key not in commits:
+            commits[key] = known[key].commit
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(commits).encode())
         return known[key]
 
     return pin
