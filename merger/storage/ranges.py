@@ -25,7 +25,7 @@ from merger.storage.patience import PASSING, Again, Patience, asked_delay
 _TIMEOUT = urllib3.Timeout(connect=15.0, read=30.0)  # seconds of silence
 _SLOWEST = 64 << 10  # bytes a second; a connection that gives less is given up
 _GRACE = 30.0  # seconds
-_PIECE = 256 << 10  # bytes that are taken at once, fewer where fewer have come
+_PIECE = 1 << 20  # bytes that are taken at once, fewer where fewer have come
 _EXPIRED = {400, 401, 403, 404, 410}  # what storage answers to an address that is no longer good
 _REDIRECTS = 5
 
