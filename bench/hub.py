@@ -98,7 +98,7 @@ def merged(server: Any, environment: dict[str, str], place: Path, number: int) -
 
 
 def main() -> None:
-    from tests.hub_server.fixtures import environment, hub  # noqa: PLC0415  (the path was just set)
+    from tests.hub_server.fixtures import environment, hub  # the path was just set
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=6)

@@ -46,7 +46,7 @@ class Segment:
                 skip = self.start % PAGE
                 self._buffer = buffers.take(self.memory)
                 self._data = self._buffer[skip : skip + self.stop - self.start]
-                self.file.path.fetch(self.start, memoryview(self._data))  # type: ignore[arg-type]
+                self.file.path.fetch(self.start, self._data.data)
             except BaseException as error:
                 self._done.set_exception(error)
             else:

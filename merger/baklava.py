@@ -18,7 +18,7 @@ REWARD_HEAD = "reward-head"
 
 # A tagged union, so that a mistake is reported for what was meant.
 _Pool = Annotated[
-    Union[Annotated[str, Tag("pattern")], Annotated[list[str], Tag("list")]],  # noqa: UP007
+    Union[Annotated[str, Tag("pattern")], Annotated[list[str], Tag("list")]],
     Discriminator(lambda value: "pattern" if isinstance(value, str) else "list"),
 ]
 

@@ -66,7 +66,7 @@ def _ask(kind: str, config: Mapping[str, Any], where: str, *, fitting: bool) -> 
 def _answer(request: str) -> str:
     """From this process where it has transformers, else from one that has nothing else (`merger.defaults`)."""
     if "transformers" in sys.modules:
-        from merger.defaults import answer  # noqa: PLC0415
+        from merger.defaults import answer
 
         return json.dumps(answer(json.loads(request)))
     child = _child()

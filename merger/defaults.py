@@ -19,8 +19,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     With `fitting` fields that the family does not have are left out. `error`: why there is none.
     """
     try:
-        from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return {"missing": True}
     kind, config = request["kind"], dict(request["config"])

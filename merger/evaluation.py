@@ -163,7 +163,7 @@ class Harness(Measured):
 
 
 Evaluation = Annotated[
-    Union[Text, Classification, Preferences, Harness],  # noqa: UP007
+    Union[Text, Classification, Preferences, Harness],
     Field(discriminator="task"),
 ]
 

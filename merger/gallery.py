@@ -15,7 +15,7 @@ from merger.sizes import active, parameters
 
 def main_picture(plan: Plan) -> dict[str, bytes]:
     """What the result is made of, by its title: the weight of every source, or of surgery what became of the size."""
-    from merger.pictures import draw_sizes, draw_weights  # noqa: PLC0415  (matplotlib: a third of a second)
+    from merger.pictures import draw_sizes, draw_weights  # matplotlib: a third of a second
 
     origin = root_of(plan.checkpoint)
     if origin:
@@ -29,7 +29,7 @@ def main_picture(plan: Plan) -> dict[str, bytes]:
 
 def lines(assessment: Assessment | None) -> dict[str, bytes]:
     """The metric along the lines between neighbouring fine-tunes, where it was measured."""
-    from merger.pictures import draw_lines  # noqa: PLC0415
+    from merger.pictures import draw_lines
 
     if assessment is None or not assessment.lines:
         return {}
@@ -42,7 +42,7 @@ SAMPLE = 1 << 16  # elements of each tensor that the report's picture of distanc
 
 def distances(plan: Plan, output: Path) -> dict[str, bytes]:
     """How far the result is from its last source, by layer, from a sample of each tensor; nothing for a copy."""
-    from merger.pictures import draw_distances  # noqa: PLC0415
+    from merger.pictures import draw_distances
 
     last_files = plan.checkpoint.parts[-1].source.files
     if len(plan.checkpoint.parts) < 2 or any(isinstance(file.path, Remote) for file in last_files):

@@ -107,7 +107,7 @@ class HubDestination(Destination):
                 raise WriteFailed(error.message, where=self.name) from error
 
     def _commit(self, folder: Path, plan: Plan, landed: Mapping[str, Landed], head: str | None) -> str:
-        from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+        from huggingface_hub.errors import HfHubHTTPError
 
         additions = [_addition(folder, path, landed.get(path.name)) for path in _files(folder)]
         names = {addition.path_in_repo for addition in additions}
@@ -139,7 +139,7 @@ class HubDestination(Destination):
 
     def _info(self, branch: str) -> Any:
         """What the Hub tells of the repository at a branch; None where there is no such repository or branch."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError  # noqa: PLC0415
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         def look() -> Any:
             try:
@@ -264,7 +264,7 @@ def _addition(folder: Path, path: Path, landed: Landed | None) -> Any:
     name = str(path.relative_to(folder))
     if landed is None or landed.proof != "lfs":
         return library().CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-    from huggingface_hub.lfs import UploadInfo  # noqa: PLC0415
+    from huggingface_hub.lfs import UploadInfo
 
     addition = library().CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
     addition.upload_info = UploadInfo(sha256=bytes.fromhex(landed.sha256), size=landed.size, sample=b"")

@@ -39,8 +39,8 @@ def load(
     `changes` are made to the config; tensors for which `may_differ` holds may be missing, and are then new, or left
     over. Raises UnsupportedModel where others are.
     """
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if checkpoint.is_adapter:
         remedy = "A recipe with `method: lora` and `base` makes a model of it."
         raise UnsupportedModel("is an adapter, not a model", where=checkpoint.label, remedy=remedy)

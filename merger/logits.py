@@ -29,11 +29,11 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 
 def _logits(folder: Path) -> tuple[Any, dict[str, list[str]]]:
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
+    import torch
+    import transformers
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     name = json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModelForCausalLM"]
     kind = getattr(transformers, name[0], transformers.AutoModelForCausalLM)
     never_code = {"local_files_only": True, "trust_remote_code": False}

@@ -46,7 +46,7 @@ class RemoteInput:
             if segment:
                 piece[:] = segment.part(position, end)
             else:
-                self._remote.fetch(position, memoryview(piece))  # type: ignore[arg-type]
+                self._remote.fetch(position, piece.data)
             position = end
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def _differentiates(loaded: Loaded) -> bool:
 def _numbers(losses: torch.Tensor) -> list[float]:
     """Losses as numbers; where gradients are wanted, added to those of the parameters."""
     if losses.requires_grad:
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()
     return losses.tolist()
 
 
@@ -209,9 +209,9 @@ def _of_examples(hits: Sequence[float], nats: Sequence[float], unit: str) -> Sco
 def harness(evaluation: Harness, loaded: Loaded, _say: Say) -> Score:
     """What lm-evaluation-harness makes of the model."""
     try:
-        from lm_eval import simple_evaluate  # noqa: PLC0415
-        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise NotInstalled(f"the harness is not installed: {error}", remedy="pip install 'merger[harness]'") from error
     found = simple_evaluate(

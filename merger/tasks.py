@@ -76,7 +76,7 @@ class Task(ABC, Generic[Example]):
 
 def padded(model: Any, sequences: Sequence[Sequence[int]]) -> "tuple[torch.Tensor, torch.Tensor]":
     """Tokens and attention mask on the model's device, (sequences, longest) each, padded at the end."""
-    import torch  # noqa: PLC0415
+    import torch
 
     longest = max(map(len, sequences))
     pad = model.config.get_text_config().pad_token_id or 0
@@ -99,7 +99,7 @@ class Text(Task[tuple[int, ...]]):
         return (ids[at : at + size] for at in range(0, len(ids) - 1, size) if len(ids[at : at + size]) > 1)
 
     def loss(self, model: Any, batch: Sequence[tuple[int, ...]]) -> "torch.Tensor":
-        from torch.nn.functional import cross_entropy  # noqa: PLC0415
+        from torch.nn.functional import cross_entropy
 
         tokens, mask = padded(model, batch)
         logits = model(input_ids=tokens, attention_mask=mask).logits.float()
@@ -123,7 +123,7 @@ class Classification(Task[tuple[tuple[int, ...], int]]):
         return [(ids, label)] if ids else []
 
     def loss(self, model: Any, batch: Sequence[tuple[tuple[int, ...], int]]) -> "torch.Tensor":
-        import torch  # noqa: PLC0415
+        import torch
 
         tokens, mask = padded(model, [ids for ids, _ in batch])
         logits = model(input_ids=tokens, attention_mask=mask).logits.float()
@@ -144,7 +144,7 @@ class Preferences(Task[tuple[tuple[int, ...], tuple[int, ...]]]):
         return [pair] if all(pair) else []
 
     def loss(self, model: Any, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> "torch.Tensor":
-        from torch.nn.functional import logsigmoid  # noqa: PLC0415
+        from torch.nn.functional import logsigmoid
 
         tokens, mask = padded(model, [ids for pair in batch for ids in pair])
         rewards = model(input_ids=tokens, attention_mask=mask).logits[:, 0].float()

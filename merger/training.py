@@ -185,7 +185,7 @@ class _FineTuning:
             group["lr"] = rate
         loss = self._task.loss(self._model, _batch(self._stage, self._examples, step))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.item()
 

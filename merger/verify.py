@@ -219,11 +219,11 @@ def _bad_values(data: Bytes, start: int, first: int, last: int, dtype: str) -> i
 def _loads(folder: Path) -> Check:
     """Load with transformers on the meta device: every tensor of the file has its place, and every place its tensor."""
     try:
-        import transformers  # noqa: PLC0415  (seconds, and only for this check)
+        import transformers  # seconds, and only for this check
     except ImportError as error:
         raise NotInstalled("needs transformers, which is not installed", where="--load") from error
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     names = (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}).get("architectures") or []
     model = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if model is None:

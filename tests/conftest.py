@@ -32,8 +32,8 @@ def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @functools.cache
     def make(dtype: str = "float32", steps: tuple[int, ...] = (100, 200, 300), **config: object) -> Path:
-        import torch  # noqa: PLC0415  (seconds, for the tests that need it)
-        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+        import torch  # seconds, for the tests that need it
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -35,7 +35,7 @@ EXPERTS = {
 
 def model_of(kind, **fields):
     """A model of a transformers architecture without its values."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (seconds)
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **fields))

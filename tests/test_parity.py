@@ -100,7 +100,7 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path, source: Path) -> None:
 def test_a_wrong_config_fails_the_job_and_leaves_nothing(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merger.methods import depth  # noqa: PLC0415
+    from merger.methods import depth
 
     def wrong(*args):
         return {**depth_with_layers(*args), "rms_norm_eps": 1e-2}

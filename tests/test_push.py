@@ -367,7 +367,7 @@ def test_the_card_is_one_that_the_hub_reads(server):
 
 @pytest.mark.slow
 def test_transformers_loads_what_was_pushed(server, llama_run, tmp_path):
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     run_folder = llama_run("bfloat16")
     for step in (100, 200):

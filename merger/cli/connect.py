@@ -44,7 +44,7 @@ def command(models: tuple[str, ...], points: int, picture: Path | None, as_json:
 
 
 def _draw(picture: Path, lines: list[Line]) -> None:
-    from merger.pictures import draw_lines  # noqa: PLC0415  (half a second, only where a picture is wanted)
+    from merger.pictures import draw_lines  # half a second, only where a picture is wanted
 
     picture.write_bytes(
         draw_lines([(line.first, line.other, line.places, line.values) for line in lines], lines[0].metric)

@@ -67,7 +67,7 @@ def _odd(a: Checkpoint, b: Checkpoint) -> dict[str, list[str]]:
 
 
 def _draw(picture: Path, rows: dict[str, Distance]) -> None:
-    from merger.pictures import draw_distances  # noqa: PLC0415  (half a second, only where a picture is wanted)
+    from merger.pictures import draw_distances  # half a second, only where a picture is wanted
 
     values = list(rows.values())
     relative, cosine = [row.relative for row in values], [row.cosine for row in values]

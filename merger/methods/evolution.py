@@ -33,7 +33,7 @@ def _evolution(
     """CMA-ES in the unit cube of the bounds; whole generations, the last one cut."""
     if find_spec("cma") is None:
         raise NotInstalled("cma is not installed", remedy="pip install 'merger[search]'")
-    import cma  # noqa: PLC0415
+    import cma
 
     start = [min(1.0, max(0.0, (begin[place] - low) / (high - low))) for place, (low, high) in bounds.items()]
     options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # to cma a seed of 0 is the time

@@ -66,9 +66,7 @@ def _kind_of_choice(value: Any) -> str:
 
 
 Choice = Annotated[
-    Union[  # noqa: UP007
-        Annotated[Literal["all"], Tag("all")], Annotated[Some, Tag("some")], Annotated[list[int], Tag("list")]
-    ],
+    Union[Annotated[Literal["all"], Tag("all")], Annotated[Some, Tag("some")], Annotated[list[int], Tag("list")]],
     Discriminator(_kind_of_choice),
 ]
 

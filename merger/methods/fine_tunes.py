@@ -39,7 +39,7 @@ def _kind_of_entry(value: object) -> str:
 
 
 Entry = Annotated[
-    Union[  # noqa: UP007
+    Union[
         Annotated[str, Tag("reference")],
         Annotated[SerializeAsAny[Method], Tag("recipe")],
         Annotated[Weighted, Tag("weighted")],
@@ -47,7 +47,7 @@ Entry = Annotated[
     Discriminator(_kind_of_entry),
 ]
 Entries = Annotated[
-    Union[Annotated[str, Tag("pattern")], Annotated[list[Entry], Tag("list")]],  # noqa: UP007
+    Union[Annotated[str, Tag("pattern")], Annotated[list[Entry], Tag("list")]],
     Discriminator(lambda value: "pattern" if isinstance(value, str) else "list"),
 ]
 

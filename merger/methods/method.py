@@ -250,11 +250,11 @@ def _kind_of_checkpoints(value: Any) -> str:
 
 # Tagged unions, so that a mistake is reported for what was meant and not for every alternative.
 Source = Annotated[
-    Union[Annotated[str, Tag("reference")], Annotated[SerializeAsAny[Method], Tag("recipe")]],  # noqa: UP007
+    Union[Annotated[str, Tag("reference")], Annotated[SerializeAsAny[Method], Tag("recipe")]],
     Discriminator(_kind_of_source),
 ]
 Checkpoints = Annotated[
-    Union[Annotated[str, Tag("pattern")], Annotated[list[Source], Tag("list")]],  # noqa: UP007
+    Union[Annotated[str, Tag("pattern")], Annotated[list[Source], Tag("list")]],
     Discriminator(_kind_of_checkpoints),
 ]
 

@@ -63,7 +63,7 @@ class InputFile:
         """
         begin = start // PAGE * PAGE
         wanted = stop - begin
-        view = memoryview(buffer)[: round_up(wanted)]  # type: ignore[arg-type]
+        view = buffer.data[: round_up(wanted)]
         try:
             done = self._read_cached(view, begin)
             if done < wanted:
@@ -148,7 +148,7 @@ class OutputFile:
 
     def write(self, piece: Bytes, start: int) -> None:
         """Write a page-aligned piece, a whole number of pages, at `start`, a multiple of PAGE."""
-        view, done = memoryview(piece), 0  # type: ignore[arg-type]
+        view, done = piece.data, 0
         try:
             while done < len(view):
                 done += self._write_once(view[done:], start + done)

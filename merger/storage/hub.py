@@ -39,7 +39,7 @@ _TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 60.0}  # secon
 
 def _ranges() -> Any:
     """`merger.storage.ranges`, imported where something is on the Hub."""
-    from merger.storage import ranges  # noqa: PLC0415  (urllib3)
+    from merger.storage import ranges  # urllib3
 
     return ranges
 
@@ -49,9 +49,9 @@ def library() -> Any:
     """`huggingface_hub`, its requests bounded in time, without progress bars and telemetry."""
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_UPDATE_CHECK"):
         os.environ.setdefault(name, "1")
-    import httpx2  # noqa: PLC0415  (a third of a second, with the next)
-    import huggingface_hub  # noqa: PLC0415
-    from huggingface_hub.utils._http import hf_request_event_hook  # noqa: PLC0415
+    import httpx2  # a third of a second, with the next
+    import huggingface_hub
+    from huggingface_hub.utils._http import hf_request_event_hook
 
     def bound(request: Any) -> None:
         limits = request.extensions.get("timeout") or {}
@@ -106,8 +106,8 @@ def asked(ask: Callable[[], T], where: str, failure: type[JobError] = ReadFailed
 @contextmanager
 def explained(where: str) -> Iterator[None]:
     """The library's exceptions as our own. Raises SourceError, ReadFailed and Again."""
-    import httpx2  # noqa: PLC0415
-    from huggingface_hub import errors  # noqa: PLC0415
+    import httpx2
+    from huggingface_hub import errors
 
     failure: BaseException | None = None
     try:

@@ -88,8 +88,8 @@ def location_of(text: str) -> Location:
 def library() -> Any:
     """`obstore`. Raises NotInstalled."""
     try:
-        import obstore  # noqa: PLC0415  (not installed with merger alone)
-        import obstore.store  # noqa: PLC0415
+        import obstore  # not installed with merger alone
+        import obstore.store
     except ImportError as error:
         raise NotInstalled(
             "object stores need the package obstore",

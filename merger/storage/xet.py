@@ -65,7 +65,7 @@ _GROUPS = _Groups()
 
 
 def _session() -> Any:
-    import hf_xet  # noqa: PLC0415  (a large library that starts threads)
+    import hf_xet  # a large library that starts threads
 
     config = hf_xet.XetConfig()
     for key, value in _SETTINGS.items():
@@ -75,7 +75,7 @@ def _session() -> Any:
 
 def fetch(repository: XetRepository, xet_hash: str, where: str, size: int, start: int, into: memoryview) -> None:
     """Fill `into` with the bytes from `start` on of a file, named by its hash. Raises ReadFailed."""
-    import hf_xet  # noqa: PLC0415
+    import hf_xet
 
     patience, done = Patience(where), 0
     while done < len(into):

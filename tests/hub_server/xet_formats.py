@@ -93,7 +93,7 @@ def unpacked(data: memoryview, chunk: Chunk) -> bytes:
     packed = data[chunk.start + 8 : chunk.end]
     if chunk.scheme == 0:
         return bytes(packed)
-    import pyarrow  # noqa: PLC0415 - only what is compressed needs it
+    import pyarrow
 
     plain = pyarrow.decompress(packed, chunk.length, codec="lz4", asbytes=True)
     return plain if chunk.scheme == 1 else _ungrouped(plain)

@@ -444,7 +444,7 @@ def write_moments(source: Path) -> dict[str, torch.Tensor]:
 
 
 def read_moments(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file
 
     return load_file(folder / "optimizer.safetensors")
 

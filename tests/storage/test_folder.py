@@ -52,7 +52,7 @@ def test_a_model_in_several_files(folder, shards):
 
 
 def test_a_model_that_transformers_has_sharded(llama_run, tmp_path):
-    from transformers import LlamaForCausalLM  # noqa: PLC0415  (seconds)
+    from transformers import LlamaForCausalLM  # seconds
 
     whole = llama_run("bfloat16") / "step-100"
     LlamaForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")

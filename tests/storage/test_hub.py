@@ -251,7 +251,7 @@ def test_a_large_tree_comes_in_pages(lfs):
 
 
 def test_headers_are_read_with_one_request(server, mode, tmp_path):
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     write_model(tmp_path / "m", {"x": np.arange(500_000, dtype=np.float32)})
     server.add_model("org/m", tmp_path / "m")
@@ -468,7 +468,7 @@ def test_other_errors_pass_as_they_are():
 
 
 def test_a_failure_without_an_answer_is_asked_again():
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError
 
     error = HfHubHTTPError("no answer", response=SimpleNamespace(headers={}, request=None, status_code=502))
     error.response = None

@@ -61,7 +61,7 @@ def body(code: str, message: str) -> str:
 
 def told(text: str, failure=ReadFailed) -> Exception:
     """What an error of the library becomes."""
-    import obstore  # noqa: PLC0415
+    import obstore
 
     with pytest.raises((Again, MergerError)) as caught, explained(HERE, failure):
         raise obstore.exceptions.GenericError(text)
