@@ -174,7 +174,7 @@ def read_again(shards: Iterable[Shard]) -> set[File]:
     wanted: Counter[File] = Counter()
     for shard in shards:
         for entry in shard.entries:
-            tensors = [entry.expression, *(measure.of for measure in entry.expression.measures())]
+            tensors = [entry.expression, *(of for measure in entry.expression.measures() for of in measure.inputs)]
             for part in chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors):
                 wanted[part.file] += part.stop - part.start
     return {file for file, size in wanted.items() if size > 1.2 * file.size}
