@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.delta_kernels import ALL, LISTED, RANDOM, RANKED, arrays, list_by_rank, list_by_variance, mix, sum_kept
+from merger.delta_kernels import arrays
 from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, Stored
 from merger.kernels import Bytes, count_non_finite
+from merger.mask_kernels import ALL, LISTED, RANDOM, RANKED, list_by_rank, list_by_variance, mix, sum_kept
 from merger.noise import Key
 from merger.thresholds import BLOCK, EVERYTHING, NOTHING, Bound, Tensors, bounds_of
 
