@@ -45,7 +45,8 @@ def _describe(method: type[Method]) -> str:
     lines = [_summary(method), f"Source: {method.paper}", "", "Fields", *_fields(schema)]
     for name, part in _parts(schema).items():
         lines += ["", f"Fields of {name}: {part.get('description', '').splitlines()[0]}", *_fields(part)]
-    return "\n".join([*lines, "", "Example", *(f"  {line}" for line in method.example.splitlines())])
+    lines += ["", "Example", *(f"  {line}" for line in method.example.splitlines())]
+    return "\n".join([*lines, *(["", method.more()] if method.more() else [])])
 
 
 def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
