@@ -1,5 +1,6 @@
 """The families of methods. Importing this package makes every method known to `Method`."""
 
+from merger.methods import arcs as arcs
 from merger.methods import averaging as averaging
 from merger.methods import depth as depth
 from merger.methods import experts as experts
@@ -7,6 +8,7 @@ from merger.methods import fine_tunes as fine_tunes
 from merger.methods import lora as lora
 from merger.methods import lorahub as lorahub
 from merger.methods import mergekit as mergekit
+from merger.methods import merges as merges
 from merger.methods import routing as routing
 from merger.methods import search as search
 from merger.methods import soups as soups
