@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from merger.dtypes import FROM_TORCH
 from merger.errors import RecipeError
@@ -28,11 +28,20 @@ class Part(BaseModel):
 # ---- settings -----------------------------------------------------------------------------------------
 
 
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Scalar):
+        raise ValueError(f"must be a number, a truth or a text, not {value!r}")
+    return value
+
+
+Plain = Annotated[Scalar, BeforeValidator(_plain)]
+
+
 class Conditional(Part):
     """A value for the tensors whose names contain `filter`; for all without one."""
 
     value: Annotated[
-        Union[Annotated[Scalar, Tag("scalar")], Annotated[list[Scalar], Field(min_length=1), Tag("gradient")]],
+        Union[Annotated[Plain, Tag("scalar")], Annotated[list[Plain], Field(min_length=1), Tag("gradient")]],
         Discriminator(lambda value: "gradient" if isinstance(value, list) else "scalar"),
     ]
     filter: str | None = None
@@ -50,8 +59,8 @@ def _kind_of_setting(value: Any) -> str:
 
 Setting = Annotated[
     Union[
-        Annotated[Scalar, Tag("scalar")],
-        Annotated[list[Scalar], Field(min_length=1), Tag("gradient")],
+        Annotated[Plain, Tag("scalar")],
+        Annotated[list[Plain], Field(min_length=1), Tag("gradient")],
         Annotated[Conditional, Tag("condition")],
         Annotated[list[Conditional], Tag("conditions")],
     ],

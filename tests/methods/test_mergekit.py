@@ -11,6 +11,7 @@ import yaml
 from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
 from merger.methods.merging import RULES
 from merger.recipe import parse_document
+from merger.run import Options, plan_of
 from tests import tiny
 from tests.methods.making import make, plan
 from tests.peer import merge
@@ -438,6 +439,50 @@ def test_a_tensor_that_some_lack(tmp_path, models):
     assert any(name in warning and "lacking" in warning for warning in made.warnings)
     slices = [{"sources": [{"model": lacking, "layer_range": [0, 4]}]}]
     assert name not in plan({"merge_method": "passthrough", "slices": slices}).checkpoint.tensors
+
+
+AB = "models: [{model: a}, {model: b}]\nparameters: {weight: 1}\noutput: {path: out}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("merge_method: linear\nmodels: []\n", ["models: ", "at least 1 item"]),
+        ("merge_method: linear\n", ["exactly one of models, slices and modules"]),
+        (f"merge_method: linear\ndtype: float8\n{AB}", ["dtype: ", "'bfloat16'"]),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b, parameter: {weight: 1}}]\n",
+            ["models[1].parameter: is not a field", "did you mean 'parameters'"],
+        ),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a, layer_rang: [0, 1]}]}]\n",
+            ["slices[0].sources[0].layer_rang: is not a field", "did you mean 'layer_range'"],
+        ),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1, 2]}]}]\n",
+            ["slices[0].sources[0].layer_range: "],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: {filtr: x, value: 1}}\n",
+            ["parameters.weight.filtr: is not a field", "did you mean 'filter'"],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [[1, 2]]}\n",
+            ["parameters.weight", "must be a number, a truth or a text"],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight:}\n",
+            ["parameters.weight", "must be a number, a truth or a text"],
+        ),
+        (f"merge_method: linear\nmerge_method: ties\n{AB}", ["the key 'merge_method' stands twice"]),
+        (f"merge_method: passthrough\n{AB}", ["parameters.weight: is no parameter of passthrough"]),
+    ],
+)
+def test_configurations_that_are_not_well_formed(text, says):
+    with pytest.raises(RecipeError) as caught:
+        plan_of(parse_document(text), Options())
+    for words in says:
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
