@@ -19,7 +19,8 @@ from merger.layers import (
     per_layer_lists_joined,
     with_layers,
 )
-from merger.mergekit_config import Configuration, InputModel, OutputSlice, Reference, Scope, reference_of
+from merger.mergekit_config import Configuration, InputModel, OutputSlice, Reference, reference_of
+from merger.mergekit_settings import Scope
 from merger.methods.settings import suggestion, with_base
 from merger.modules import WHOLE, Anatomy, anatomy_of, called, modules_of, place_of, section_of, stacks_of
 

@@ -391,6 +391,32 @@ def test_the_first_model_or_the_base_gives_config_and_tokenizer(tmp_path):
         assert any("rope" in warning for warning in made.warnings)
 
 
+TEMPLATES = {"x": "{% for m in messages %}x {{ m.content }} {% endfor %}", "y": "{% for m in messages %}y{% endfor %}"}
+
+
+def test_a_chat_template(tmp_path):
+    """`auto` is the one that most have; what transformers reads in the result is what was asked for."""
+    from transformers import AutoTokenizer
+
+    for name in "xyz":
+        tiny.save(tmp_path / name, "llama", vocab_size=256)
+        tiny.byte_tokenizer(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.chat_template = TEMPLATES["x" if name == "x" else "y"]
+        tokenizer.save_pretrained(tmp_path / name)
+    told = json.loads((tmp_path / "z" / "tokenizer_config.json").read_text())  # as before transformers 4.50
+    (tmp_path / "z" / "chat_template.jinja").unlink()
+    (tmp_path / "z" / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": TEMPLATES["y"]}))
+    given = [{"model": str(tmp_path / name)} for name in "xyz"]
+    content = {"merge_method": "linear", "models": given, "parameters": {"weight": 1}}
+    own = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    for i, (asked, expected) in enumerate([("auto", TEMPLATES["y"]), (own, own), (None, TEMPLATES["x"])]):
+        make({**content, **({"chat_template": asked} if asked else {})}, tmp_path / str(i))
+        assert AutoTokenizer.from_pretrained(tmp_path / str(i)).chat_template == expected
+    with pytest.raises(RecipeError, match="chat_template: 'chatml' is no template"):
+        plan({**content, "chat_template": "chatml"})
+
+
 def test_recipes_and_configurations_nest(tmp_path, models):
     """A recipe under a name in a configuration, and a configuration as a source of a recipe."""
     inner = {"method": "average", "checkpoints": [models["a"], models["b"]]}
