@@ -27,7 +27,7 @@ from merger.methods.merging import RULES
 from merger.methods.method import Method, Source, Sources, open_source
 from merger.methods.rules import Parameter, Rule
 from merger.methods.settings import check, rule_of
-from merger.methods.slices import Layout, config_of, layout_of
+from merger.methods.slices import Layout, Region, config_of, layout_of
 from merger.storage.reference import SCHEME, looks_remote
 from merger.storage.reference import Reference as OnHub
 
@@ -65,6 +65,7 @@ class Mergekit(Method):
         check_models(list(given.values()))
         given = in_one_vocabulary(self.config, given)
         heads, notes = same_head(list(given.values()))
+        heads, more_notes = _without_copies_of_embeddings(heads)
         models = dict(zip(given, heads, strict=True))
         donor = models[reference_of(self.config.base_model)] if self.config.base_model else next(iter(models.values()))
         layout = layout_of(self.config, models, donor)
@@ -76,7 +77,9 @@ class Mergekit(Method):
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
             parts=tuple(parts),
-            notes=tuple(dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes])),
+            notes=tuple(
+                dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes, *more_notes])
+            ),
             warnings=tuple(
                 dict.fromkeys(
                     [
@@ -204,7 +207,22 @@ def _warnings_on_configs(layout: Layout, donor: Checkpoint, models: Sequence[Che
     return warnings if not layout.layers else [text for text in warnings if "layer" not in text.partition(" is ")[0]]
 
 
+def _without_copies_of_embeddings(models: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
+    """Heads that all models tie are left out: with settings by name, head and embedding would come out different."""
+    head, embedding = head_of(models[0].tensors), embedding_of(models[0].tensors)
+    if head is None or embedding is None or not all(ties_embeddings(model.config) for model in models):
+        return models, []
+    kept = [{name: tensor for name, tensor in model.tensors.items() if name != head} for model in models]
+    made = [replace(model, tensors=tensors) for model, tensors in zip(models, kept, strict=True)]
+    return made, [f"{head} is left out: it is tied to {embedding} in every source"]
+
+
 def _kin(rule: Rule, layout: Layout) -> tuple[Kin, ...]:
-    """Models of which whole tensors meet under one name: their experts must stand in one order."""
-    whole = [region for region in layout.regions if len(region.shares) > 1 and not any(s.names for s in region.shares)]
-    return tuple(Kin(tuple(share.model for share in region.shares)) for region in whole) if rule.most != 1 else ()
+    """Models of which tensors of one name meet: their experts must stand in one order."""
+    meeting = [tuple(share.model for share in region.shares) for region in layout.regions if _meets(region)]
+    return tuple(Kin(models) for models in meeting) if rule.most != 1 else ()
+
+
+def _meets(region: Region) -> bool:
+    stays = all(new == old for share in region.shares for new, old in share.names.items())
+    return stays and len(region.shares) > 1

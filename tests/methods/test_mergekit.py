@@ -351,6 +351,47 @@ def save_vision(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tiny.stored(folder)
 
 
+def test_modules_of_an_encoder_and_decoder(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    for seed, name in enumerate("xy"):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+            T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / name)
+    x, y = (tiny.stored(tmp_path / name) for name in "xy")
+    two = [{"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in (("x", 1), ("y", 3))]
+    layers = {"sources": [{"model": str(tmp_path / "y"), "layer_range": [0, 2]}]}
+    modules = {"encoder": {"slices": [layers]}, "decoder": {"models": two}, "shared": {"models": two}}
+    content = {"merge_method": "linear", "modules": modules, "parameters": {"weight": 1}}
+    make(content, tmp_path / "out")
+    made = tiny.stored(tmp_path / "out")
+    assert made.keys() == x.keys()
+    for name, tensor in made.items():
+        expected = y[name] if name.startswith("encoder.") else (x[name] + 3 * y[name]) / 4
+        torch.testing.assert_close(tensor, expected, msg=name)
+    layers["sources"][0]["layer_range"] = [1, 2]
+    with pytest.raises(UnsupportedModel, match="merged, not moved"):
+        plan(content)
+
+
+def test_heads_that_are_stored_and_tied(tmp_path):
+    """Settings by name would give another head than the embedding, which the config says it is."""
+    from safetensors.torch import save_file
+
+    given = []
+    for name in "xy":
+        tensors = tiny.stored(tiny.save(tmp_path / name, "llama", seed=ord(name), tie_word_embeddings=True))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        given.append({"model": str(tmp_path / name), "parameters": {"weight": {"filter": "embed", "value": 0.7}}})
+    given[1]["parameters"] = {"weight": [{"filter": "lm_head", "value": 2}, {"value": 1}]}
+    outcome = make({"merge_method": "linear", "models": given, "parameters": {"weight": 1}}, tmp_path / "out")
+    assert all(check.passed for check in outcome.checks)
+    assert any("lm_head.weight is left out" in note for note in outcome.plan.checkpoint.notes)
+    tiny.load(tmp_path / "out")
+
+
 def test_a_tied_and_an_untied_model(tmp_path):
     """The result has a head of its own whichever comes first; mergekit's config would depend on chance."""
     for name, tied in (("x", True), ("y", False)):
