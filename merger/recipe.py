@@ -165,24 +165,33 @@ def _apply(content: dict[str, Any], change: str) -> None:
     path, equals, value = change.partition("=")
     if not equals:
         raise RecipeError("must look like field=value", where=f"--set {change}")
-    *parents, last = path.split(".")
+    *parents, last = _steps(path)
     place: Any = content
-    for key in parents:
-        place = _inside(place, key)
-    if not isinstance(place, dict):
+    for step in parents:
+        place = _inside(place, step)
+    if not _leads_on(place, last):
         raise RecipeError("does not lead to a field", where=f"--set {change}")
     place[last] = yaml.safe_load(value)
 
 
-def _inside(place: Any, key: str) -> Any:
-    """What a step of a path such as `slices[0]` leads to; None where it leads nowhere. Mappings are made."""
-    match = re.fullmatch(r"([^\[\]]+)((?:\[\d+\])*)", key)
-    if not match or not isinstance(place, dict):
-        return None
-    place = place.setdefault(match[1], {})
-    for number in map(int, re.findall(r"\d+", match[2])):
-        place = place[number] if isinstance(place, list) and number < len(place) else None
-    return place
+def _steps(path: str) -> list[str | int]:
+    """`models[1].weight` as models, 1, weight."""
+    return [
+        int(step[1:-1]) if re.fullmatch(r"\[\d+\]", step) else step
+        for key in path.split(".")
+        for step in (re.findall(r"^[^\[\]]+|\[\d+\]", key) if re.fullmatch(r"[^\[\]]+(\[\d+\])+", key) else [key])
+    ]
+
+
+def _inside(place: Any, step: str | int) -> Any:
+    """What a step leads to, None where it leads nowhere. Mappings are made, lists are not."""
+    if isinstance(step, str):
+        return place.setdefault(step, {}) if isinstance(place, dict) else None
+    return place[step] if _leads_on(place, step) else None
+
+
+def _leads_on(place: Any, step: str | int) -> bool:
+    return isinstance(place, dict) if isinstance(step, str) else isinstance(place, list) and step < len(place)
 
 
 def make_document(content: Mapping[str, Any]) -> Document:
