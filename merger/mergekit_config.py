@@ -1,130 +1,17 @@
-"""mergekit's configurations as data. Knows their fields, what a reference says and what a setting comes to; knows no
-rules, no models and no files.
+"""mergekit's configurations as data: their fields, and what a reference says. Knows no rules, no models and no files.
 
-The fields are those of mergekit 0.1.5 (`mergekit/config.py`). Unknown keys, which it
-ignores, are errors here.
+The fields are those of mergekit 0.1.5 (`mergekit/config.py`). Unknown keys, which it ignores, are errors here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from merger.dtypes import FROM_TORCH
-from merger.errors import RecipeError
-
-Scalar = bool | int | float | str
-T = TypeVar("T")
-
-
-class Part(BaseModel):
-    """A mapping of a configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-# ---- settings -----------------------------------------------------------------------------------------
-
-
-class Conditional(Part):
-    """A value for the tensors whose names contain `filter`; for all without one."""
-
-    value: Annotated[
-        Union[Annotated[Scalar, Tag("scalar")], Annotated[list[Scalar], Field(min_length=1), Tag("gradient")]],
-        Discriminator(lambda value: "gradient" if isinstance(value, list) else "scalar"),
-    ]
-    filter: str | None = None
-
-    def holds(self, name: str) -> bool:
-        """Whether it speaks of a tensor of this name."""
-        return self.filter is None or self.filter == "*" or self.filter in name
-
-
-def _kind_of_setting(value: Any) -> str:
-    if isinstance(value, list):
-        return "conditions" if any(isinstance(part, Mapping | Conditional) for part in value) else "gradient"
-    return "condition" if isinstance(value, Mapping | Conditional) else "scalar"
-
-
-Setting = Annotated[
-    Union[
-        Annotated[Scalar, Tag("scalar")],
-        Annotated[list[Scalar], Field(min_length=1), Tag("gradient")],
-        Annotated[Conditional, Tag("condition")],
-        Annotated[list[Conditional], Tag("conditions")],
-    ],
-    Discriminator(_kind_of_setting),
-]
-Parameters = dict[str, Setting]
-
-
-def scalars_of(setting: Any) -> Iterator[Scalar]:
-    """All single values in a setting."""
-    match setting:
-        case list():
-            for part in setting:
-                yield from scalars_of(part)
-        case Conditional():
-            yield from scalars_of(setting.value)
-        case _:
-            yield setting
-
-
-def evaluate(setting: Any, name: str, t: float, checked: Callable[[Scalar], T]) -> T | None:
-    """What a setting comes to for a tensor of this name at `t`, from 0 to 1; None where no filter speaks of it.
-
-    The first filter that the name contains counts. Numbers of a gradient lie at equal distances, with lines between
-    them; of others one is picked. `checked` makes the parameter's kind of a scalar, and raises ValueError.
-    """
-    match setting:
-        case list() if any(isinstance(part, Conditional) for part in setting):
-            chosen = next((part for part in setting if part.holds(name)), None)
-            return None if chosen is None else evaluate(chosen.value, name, t, checked)
-        case Conditional():
-            return evaluate([setting], name, t, checked)
-        case list():
-            return _along([checked(value) for value in setting], t, checked)
-    return checked(setting)
-
-
-def _along(values: list[T], t: float, checked: Callable[[Any], T]) -> T:
-    place = t * (len(values) - 1)
-    low = int(place)
-    a, b = values[low], values[min(len(values) - 1, low + 1)]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return a
-    share = place - low
-    return checked((1 - share) * a + share * b)  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Settings, and the field of the configuration in which they stand; `where` is empty for the configuration."""
-
-    where: str
-    settings: Mapping[str, Any]
-
-    def field(self, name: str) -> str:
-        """The path of a parameter."""
-        return f"{self.where}{'.' if self.where else ''}parameters.{name}"
-
-
-def evaluated(scopes: Iterable[Scope], parameter: str, name: str, t: float, checked: Callable[[Scalar], T]) -> T | None:
-    """What a parameter comes to for a tensor: by the first of the scopes that says something of it; None where none
-    does. Raises RecipeError with the field's path.
-    """
-    for scope in scopes:
-        if parameter in scope.settings:
-            try:
-                found = evaluate(scope.settings[parameter], name, t, checked)
-            except ValueError as error:
-                raise RecipeError(f"{error} (for {name!r})", where=scope.field(parameter)) from error
-            if found is not None:
-                return found
-    return None
-
+from merger.mergekit_settings import Conditional, Parameters, Part
 
 # ---- references ---------------------------------------------------------------------------------------
 
