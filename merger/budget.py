@@ -12,7 +12,6 @@ from merger.errors import NotEnoughMemory
 from merger.host import processors
 from merger.plan import Plan
 from merger.spilling import check_room, device_of
-from merger.whole import wholes_in
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
@@ -70,10 +69,9 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, 
 
 def _for_wholes(plan: Plan, memory: int, device: str) -> int:
     """The memory for tensors that are made as a whole: all that is allowed, or as much as the dearest takes."""
-    wholes = wholes_in(entry.expression for shard in plan.shards for entry in shard.entries)
-    if not wholes:
+    if not plan.wholes:
         return 0
-    dearest = max(wholes, key=lambda whole: whole.cost)
+    dearest = plan.wholes[0]
     check_room(dearest, device_of(device) if device == "cuda" else "cpu", memory)
     return max(memory, dearest.cost)
 

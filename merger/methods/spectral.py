@@ -256,7 +256,7 @@ def _dtype(family: Family, name: str) -> str:
 
 
 class Calibrated(Spectral):
-    """Methods whose result can be calibrated."""
+    """Methods whose result can be calibrated: equal singular values have no directions of their own, so Iso's cannot."""
 
     svc: bool = Field(
         default=False,
@@ -293,7 +293,7 @@ class TsvM(Calibrated):
         return family.tasks(name), Tsv(len(family.models))
 
 
-class IsotropicC(Calibrated):
+class IsotropicC(Spectral):
     """Iso-C: the sum of the changes with all of its singular values made equal. Experimental."""
 
     method: Literal["iso_c"] = "iso_c"
@@ -305,7 +305,7 @@ class IsotropicC(Calibrated):
         return (family.total(name),), IsoC(len(family.models))
 
 
-class IsotropicCts(Calibrated):
+class IsotropicCts(Spectral):
     """Iso-CTS: common directions of the sum and some of each task's own, with equal singular values. Experimental."""
 
     method: Literal["iso_cts"] = "iso_cts"
