@@ -256,7 +256,7 @@ def _dtype(family: Family, name: str) -> str:
 
 
 class Calibrated(Spectral):
-    """Methods whose result can be calibrated: equal singular values have no directions of their own, so Iso's cannot."""
+    """Methods whose result can be calibrated. Iso's cannot: equal singular values have no directions of their own."""
 
     svc: bool = Field(
         default=False,
