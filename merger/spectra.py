@@ -136,15 +136,16 @@ def wudi_by_steps(load: Load, count: int, steps: int, rate: float) -> "Tensor":
         norm = torch.linalg.matrix_norm(task)
         merged += task
         if norm > 0:
-            share = (task / norm).T @ (task / norm)
+            task /= norm
+            share = task.T @ task
             gram += share
-            target += task @ share
+            target.addmm_(task, share, alpha=float(norm))
     first, second = torch.zeros_like(merged), torch.zeros_like(merged)
     for step in range(1, steps + 1):
-        slope = 2.0 * (merged @ gram - target)
+        slope = torch.addmm(target, merged, gram, beta=-2.0, alpha=2.0)
         first.mul_(0.9).add_(slope, alpha=0.1)
         second.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        size = (second / (1.0 - 0.999**step)).sqrt_().add_(1e-8)
+        size = second.div(1.0 - 0.999**step).sqrt_().add_(1e-8)
         merged.addcdiv_(first, size, value=-rate / (1.0 - 0.9**step))
     return merged
 

@@ -116,7 +116,7 @@ def borrowed(group: Group, method: str, copies: int) -> Expression:
 
 def nuslerp(group: Group) -> Expression:
     """NuSLERP along rows or columns (`nuslerp_row_wise`), of two tensors with a `weight` each, from a base or none."""
-    return borrowed(group, "nuslerp", 5)
+    return borrowed(group, "nuslerp", 3)
 
 
 def _by(method: str, copies: int) -> Callable[[Group], Expression]:
@@ -127,12 +127,12 @@ _EPSILON = Parameter(float, 1e-5)
 _RAM = "arXiv 2601.13572"
 
 RULES: dict[str, Rule] = table(
-    Rule("ram", "RAM", "required", _by("ram", 5), {"epsilon": _EPSILON}, {}, paper=_RAM),
+    Rule("ram", "RAM", "required", _by("ram", 3), {"epsilon": _EPSILON}, {}, paper=_RAM),
     Rule(
         "ramplus_tl",
         "RAM+ (tensor-local)",
         "required",
-        _by("ramplus_tl", 5),
+        _by("ramplus_tl", 3),
         {"r": Parameter(float, 0.1), "alpha": Parameter(float, 0.2), "epsilon": _EPSILON},
         {},
         paper=_RAM,
@@ -141,7 +141,7 @@ RULES: dict[str, Rule] = table(
         "arcee_fusion",
         "Arcee Fusion",
         "required",
-        _by("arcee_fusion", 5),
+        _by("arcee_fusion", 3),
         {},
         {},
         most=1,

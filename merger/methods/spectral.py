@@ -153,7 +153,7 @@ class IsoCts(Merge):
 
     def words(self, m: int, n: int) -> int:
         k = min(m, n)
-        return _svd_words(m, n) + 4 * m * n + 3 * k * (m + n) + 2 * k * k
+        return _svd_words(m, n) + 6 * m * n + 3 * k * (m + n) + 2 * k * k
 
     def __call__(self, tensors: Tensors) -> Any:
         return spectra.iso_cts(tensors.load, self.count, self.fraction)
@@ -167,7 +167,7 @@ class Wudi(Merge):
 
     def words(self, m: int, n: int) -> int:
         if self.steps is not None:
-            return 2 * n * n + 6 * m * n
+            return 3 * n * n + 10 * m * n
         tall = self.count * m
         return _svd_words(tall, n) + 2 * tall * n + tall * m + m * (min(tall, n) + n)
 
