@@ -96,6 +96,12 @@ def count_of(config: Config, where: str) -> int:
     return int(config[_count_key(config, where)])
 
 
+def count_in(config: Config) -> int | None:
+    """The number of layers where a config, or that of the text in it, tells it."""
+    parts = (config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)))
+    return next((part[key] for part in parts for key in _COUNTS if isinstance(part.get(key), int)), None)
+
+
 def _count_key(config: Config, where: str) -> str:
     for key in _COUNTS:
         if isinstance(config.get(key), int):
@@ -115,7 +121,7 @@ def scalars_of(layer: Mapping[str, Expression]) -> list[str]:
     return [name for name in layer if name == _SCALAR]
 
 
-def is_sparse(layer: Mapping[str, Expression]) -> bool:
+def is_sparse(layer: Iterable[str]) -> bool:
     """Whether the layer has experts."""
     return any(re.search(r"(^|\.)experts\.|input_linear", name) for name in layer)
 

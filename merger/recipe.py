@@ -15,15 +15,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator
 
+from merger import mergekit_config
 from merger.baklava import Baklava
 from merger.checkpoint import Checkpoint, in_dtype, with_license_files
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import TASKS, Evaluation, Measured
+from merger.mergekit_files import combined, result_of
 from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
-from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, settled
 from merger.plan import ELSEWHERE
 from merger.recycling import Recycling
 from merger.sources import LocalSources
@@ -134,16 +136,18 @@ def parse_document(text: str, changes: Sequence[str] = (), *, where: str = "reci
 
 def _parse(text: str, changes: Sequence[str], where: str) -> dict[str, Any]:
     try:
-        content = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+        documents = list(yaml.load_all(text, Loader=_UniqueKeys))  # a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(
             f"is not YAML: {error}", where=where, remedy="Mind indentation, colons and quotes."
         ) from error
+    documents = [document for document in documents if document is not None]
+    content = documents[0] if len(documents) == 1 else result_of(documents) if documents else None
     if not isinstance(content, dict):
         raise RecipeError("is not a mapping of fields", where=where)
     for change in changes:
         _apply(content, change)
-    return content
+    return combined(documents, content) if len(documents) > 1 else content
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -164,19 +168,29 @@ def _apply(content: dict[str, Any], change: str) -> None:
     *parents, last = path.split(".")
     place: Any = content
     for key in parents:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        place = _inside(place, key)
     if not isinstance(place, dict):
         raise RecipeError("does not lead to a field", where=f"--set {change}")
     place[last] = yaml.safe_load(value)
 
 
+def _inside(place: Any, key: str) -> Any:
+    """What a step of a path such as `slices[0]` leads to; None where it leads nowhere. Mappings are made."""
+    match = re.fullmatch(r"([^\[\]]+)((?:\[\d+\])*)", key)
+    if not match or not isinstance(place, dict):
+        return None
+    place = place.setdefault(match[1], {})
+    for number in map(int, re.findall(r"\d+", match[2])):
+        place = place[number] if isinstance(place, list) and number < len(place) else None
+    return place
+
+
 def make_document(content: Mapping[str, Any]) -> Document:
     """The document of plain data. Raises RecipeError with the field's path."""
-    if "merge_method" in content:
-        raise RecipeError("mergekit configurations do not run yet", where="merge_method", remedy=_METHODS_REMEDY)
-    if "method" not in content:
-        close = difflib.get_close_matches("method", [str(key) for key in content], 1)
-        hint = f"; {close[0]!r} is not a field, did you mean 'method'?" if close else ""
+    if not {"method", "merge_method"} & content.keys():
+        keys = [str(key) for key in content]
+        close = difflib.get_close_matches("method", keys, 1) or difflib.get_close_matches("merge_method", keys, 1)
+        hint = f"; {close[0]!r} is not a field, did you mean {_meant(close[0])!r}?" if close else ""
         raise RecipeError(f"is missing{hint}", where="method", remedy=_METHODS_REMEDY)
     parts = {"": {key: value for key, value in content.items() if key not in ("output", "evaluate")}}
     parts |= {key: content.get(key, {}) for key in ("output", "evaluate")}
@@ -190,6 +204,10 @@ def make_document(content: Mapping[str, Any]) -> Document:
     except ValidationError as error:
         raise _explain(error, parts[root], root) from error
     return Document(recipe=recipe, output=output, evaluate=evaluate)
+
+
+def _meant(key: str) -> str:
+    return difflib.get_close_matches(key, ["method", "merge_method"], 1)[0]
 
 
 _EVALUATION: TypeAdapter[Measured] = TypeAdapter(Evaluation)
@@ -239,8 +257,14 @@ def _fields_of(holder: Any, root: str, path: str) -> list[str]:
         return list((Baklava if {"checkpoints", "data"} & holder.keys() else Recycling).model_fields)
     if "task" in holder:
         return list(TASKS[holder["task"]].model_fields)
+    if "merge_method" in holder or _MERGEKIT.search(path):
+        return [*mergekit_config.fields_of(path.rpartition(".")[0]), *([*BESIDE] if "merge_method" in holder else [])]
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
     return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+# Where a part of a mergekit configuration is: all of its mappings but the outermost.
+_MERGEKIT = re.compile(r"(^|\.)(models\[\d+\]|slices\[\d+\]|modules|parameters|tokenizer|base_model|config)\.")
 
 
 def _suggest(name: object, known: Any) -> str:

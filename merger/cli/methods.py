@@ -11,6 +11,7 @@ import click
 from merger.cli.terminal import as_json
 from merger.errors import RecipeError
 from merger.methods import METHODS
+from merger.methods.merging import RULES
 from merger.methods.method import Method
 
 
@@ -26,6 +27,7 @@ def command(name: str | None, as_json: bool) -> None:
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, 1)
         hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(METHODS)}."
+        hint = "It is a merge method of mergekit: `merger methods mergekit`." if name in RULES else hint
         raise RecipeError("is no method", where=name, remedy=hint)
     method = METHODS[name]
     click.echo(json.dumps(method.model_json_schema(), indent=2) if as_json else _describe(method))
@@ -45,6 +47,7 @@ def _describe(method: type[Method]) -> str:
     lines = [_summary(method), f"Source: {method.paper}", "", "Fields", *_fields(schema)]
     for name, part in _parts(schema).items():
         lines += ["", f"Fields of {name}: {part.get('description', '').splitlines()[0]}", *_fields(part)]
+    lines += ["", method.more()] if method.more() else []
     return "\n".join([*lines, "", "Example", *(f"  {line}" for line in method.example.splitlines())])
 
 

@@ -7,6 +7,7 @@ from merger.methods import fine_tunes as fine_tunes
 from merger.methods import lora as lora
 from merger.methods import lorahub as lorahub
 from merger.methods import masks as masks
+from merger.methods import mergekit as mergekit
 from merger.methods import routing as routing
 from merger.methods import search as search
 from merger.methods import soups as soups

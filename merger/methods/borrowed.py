@@ -1,4 +1,4 @@
-"""Rules whose arithmetic is mergekit's own: RAM, RAM+, Arcee Fusion, NuSLERP along rows or columns.
+"""Rules whose arithmetic is mergekit's own: RAM, RAM+, Arcee Fusion, NuSLERP along the first axis.
 
 Knows how mergekit's library is called on one tensor and what that costs; knows nothing of how it computes. mergekit
 0.1.5 is LGPL-3.0: it is called, not copied, and only where it is installed.
@@ -115,7 +115,7 @@ def borrowed(group: Group, method: str, copies: int) -> Expression:
 
 
 def nuslerp(group: Group) -> Expression:
-    """NuSLERP along rows or columns (`nuslerp_row_wise`), of two tensors with a `weight` each, from a base or none."""
+    """NuSLERP along rows, or along columns with `nuslerp_row_wise`, of two tensors with a `weight` each, from a base or none."""
     return borrowed(group, "nuslerp", 3)
 
 

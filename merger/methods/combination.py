@@ -7,7 +7,7 @@ differs; floating tensors are summed, integer buffers must be identical, running
 normalisation come from the newest checkpoint, tied heads are told apart from missing ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from merger.architecture import (
@@ -33,11 +33,12 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
     """
     if len(checkpoints) == 1 and weights[0] == 1.0:
         return checkpoints[0]
-    _check_configs(checkpoints)
-    checkpoints, notes = _same_head(checkpoints)
+    check_models(checkpoints)
+    check_vocabularies(checkpoints)
+    checkpoints, notes = same_head(checkpoints)
     _check_names(checkpoints)
     first = checkpoints[0]
-    tensors = {name: _tensor(name, checkpoints, weights) for name in first.tensors}
+    tensors = {name: merged(name, checkpoints, lambda floats: _sum(floats, weights)) for name in first.tensors}
     parts: list[Part] = []
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         parts += [Part(part.source, weight * part.weight) for part in checkpoint.parts]
@@ -46,7 +47,7 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
         tensors=tensors,
         parts=tuple(parts),
         notes=_unique([*_all_notes(checkpoints), *notes, *_notes_on_tensors(checkpoints)]),
-        warnings=_unique([*(w for c in checkpoints for w in c.warnings), *_config_warnings(checkpoints)]),
+        warnings=_unique([*(w for c in checkpoints for w in c.warnings), *config_warnings(checkpoints)]),
         kin=tuple(kin for checkpoint in checkpoints for kin in checkpoint.kin),
         origin=None,  # no surgery that one of them went through describes the sum
         optimizer={},
@@ -57,7 +58,11 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
 # ---- configs and tokenizers ---------------------------------------------------------------------------
 
 
-def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
+def check_models(checkpoints: Sequence[Checkpoint]) -> None:
+    """See that models are of one kind, none of them an adapter or quantized.
+
+    Raises UnsupportedModel and IncompatibleSources.
+    """
     first = checkpoints[0]
     for checkpoint in checkpoints:
         if checkpoint.is_adapter:
@@ -81,6 +86,12 @@ def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
                 remedy="Only models of one architecture can be averaged.",
             )
         _check_labels(first, other)
+
+
+def check_vocabularies(checkpoints: Sequence[Checkpoint]) -> None:
+    """See that models have one vocabulary. Raises IncompatibleSources."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
         problem = difference(first.side_files, other.side_files)
         if problem:
             raise IncompatibleSources(
@@ -106,7 +117,8 @@ def _check_labels(first: Checkpoint, other: Checkpoint) -> None:
     )
 
 
-def _config_warnings(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def config_warnings(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """In what the configs of others differ from the first's, which is taken."""
     first = checkpoints[0]
     warnings = []
     for other in checkpoints[1:]:
@@ -120,7 +132,7 @@ def _config_warnings(checkpoints: Sequence[Checkpoint]) -> list[str]:
 # ---- names --------------------------------------------------------------------------------------------
 
 
-def _same_head(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
+def same_head(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
     """Where some models lack the output head because it is tied to the embedding, give all of them one or none."""
     names: set[str] = set().union(*(checkpoint.tensors for checkpoint in checkpoints))
     head, embedding = head_of(names), embedding_of(names)
@@ -168,7 +180,16 @@ def _check_names(checkpoints: Sequence[Checkpoint]) -> None:
 # ---- tensors ------------------------------------------------------------------------------------------
 
 
-def _tensor(name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> Expression:
+def _sum(tensors: Sequence[Expression], weights: Sequence[float]) -> Expression:
+    return combine(list(zip(weights, tensors, strict=True)), promote(frozenset(tensor.dtype for tensor in tensors)))
+
+
+def merged(
+    name: str, checkpoints: Sequence[Checkpoint], merge: Callable[[Sequence[Expression]], Expression]
+) -> Expression:
+    """The tensors of one name as one: `merge` is for floating ones; others must be identical. Raises
+    IncompatibleSources where shapes, or dtypes that are not floating, differ.
+    """
     tensors = [checkpoint.tensors[name] for checkpoint in checkpoints]
     shape = tensors[0].shape
     for tensor, checkpoint in zip(tensors, checkpoints, strict=True):
@@ -178,7 +199,7 @@ def _tensor(name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[floa
         return tensors[-1]
     dtypes = frozenset(tensor.dtype for tensor in tensors)
     if all(DTYPES[dtype].is_float for dtype in dtypes):
-        return combine(list(zip(weights, tensors, strict=True)), promote(dtypes))
+        return merge(tensors)
     return _identical(name, tensors, dtypes, checkpoints)
 
 

@@ -147,10 +147,16 @@ class Method(BaseModel, ABC):
     def _of_its_kind(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         if cls is not Method or isinstance(value, Method):
             return handler(value) if cls is not Method else value
+        value = _unfolded(value)
         name = value.get("method") if isinstance(value, dict) else None
         if name not in cls.by_name:
             raise PydanticCustomError("unknown_method", "names no known method: {name}", {"name": name})
         return cls.by_name[name].model_validate(value)
+
+    @classmethod
+    def more(cls) -> str:
+        """What people should know of this kind beside its fields."""
+        return ""
 
     @abstractmethod
     def build(self, sources: Sources) -> Checkpoint:
@@ -186,6 +192,17 @@ class Method(BaseModel, ABC):
         return self, ()
 
 
+BESIDE = ("merges", "seed")  # our own fields beside those of a mergekit configuration
+
+
+def _unfolded(value: Any) -> Any:
+    """A mergekit configuration as the recipe that it is."""
+    if not isinstance(value, Mapping) or "merge_method" not in value or "method" in value:
+        return value
+    config = {key: part for key, part in value.items() if key not in BESIDE}
+    return {"method": "mergekit", "config": config, **{key: value[key] for key in BESIDE if key in value}}
+
+
 def within(value: Any) -> "Iterator[Method]":
     """The recipes in a field's value, those within them not."""
     match value:
@@ -194,6 +211,8 @@ def within(value: Any) -> "Iterator[Method]":
         case list() | tuple():
             for part in value:
                 yield from within(part)
+        case dict():
+            yield from within(list(value.values()))
         case BaseModel():
             for name in type(value).model_fields:
                 yield from within(getattr(value, name))
@@ -229,6 +248,8 @@ def settled(recipe: Method, means: Means) -> tuple[Method, tuple[Choice, ...]]:
                 return made
             case list():
                 return [settle(part) for part in value]
+            case dict():
+                return {key: settle(part) for key, part in value.items()}
             case BaseModel() if any(within(value)):
                 return value.model_copy(update={n: settle(getattr(value, n)) for n in type(value).model_fields})
         return value

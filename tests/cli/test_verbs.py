@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from merger.cli.main import VERBS, merger_command
 from merger.methods import METHODS
+from merger.recipe import parse_document
 from tests.checkpoints import bfloat16, write_header, write_model
 
 
@@ -71,8 +72,7 @@ def test_methods_are_listed():
 def test_a_method_shows_its_fields_its_paper_and_an_example(name):
     shown = merger("methods", name).output
     assert "arXiv" in shown
-    example = yaml.safe_load(shown.split("Example\n")[1])
-    assert example["method"] == name
+    assert parse_document(shown.split("Example\n")[1]).recipe.method == name
     assert "description" in json.dumps(json.loads(merger("methods", name, "--json").output))
 
 

@@ -1,0 +1,495 @@
+"""mergekit's configurations against mergekit, tensor by tensor; what it does not do against float64."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
+from merger.methods.merging import RULES
+from merger.recipe import parse_document
+from tests import tiny
+from tests.methods.making import make, plan
+from tests.peer import merge
+
+KINDS = {"llama": "abc", "qwen2": "de", "gpt2": "fg", "mixtral": "mn"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny models by a letter each, the same letters as in KINDS."""
+    root = tmp_path_factory.mktemp("models")
+    letters = [(kind, letter) for kind, all_of in KINDS.items() for letter in all_of]
+    return {letter: str(tiny.save(root / letter, kind, seed=ord(letter))) for kind, letter in letters}
+
+
+def filled(text: str, models: dict[str, str]) -> dict[str, Any]:
+    """A configuration with the folders of models for `<a>`, `<b>`, ..."""
+    for letter, folder in models.items():
+        text = text.replace(f"<{letter}>", folder)
+    return yaml.safe_load(text)
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+    """The same tensors, but for so much of their largest number."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        scale = float(theirs[name].abs().max()) or 1.0
+        assert float((tensor.double() - theirs[name].double()).abs().max()) <= tolerance * scale, name
+
+
+CONFIGURATIONS = {
+    "weights": """
+        merge_method: linear
+        models: [{model: <a>, parameters: {weight: 1}}, {model: <b>, parameters: {weight: 0.25}}]
+        dtype: float32
+    """,
+    "a gradient, filters, a default": """
+        merge_method: linear
+        models:
+          - model: <a>
+            parameters: {weight: [{filter: mlp, value: [0, 0.5, 1]}, {filter: self_attn, value: 0.75}]}
+          - {model: <b>, parameters: {weight: {filter: layers.2, value: 2}}}
+          - {model: <c>, parameters: {weight: [1, 0]}}
+        parameters: {normalize: [{filter: norm, value: false}, {value: true}], weight: 0.5}
+        dtype: float32
+    """,
+    "a base that is named": """
+        merge_method: linear
+        models: [{model: <a>, parameters: {weight: 1}}]
+        base_model: <b>
+        parameters: {weight: 0.5, normalize: false}
+        dtype: float32
+    """,
+    "slices that stay": """
+        merge_method: linear
+        slices:
+          - sources:
+              - {model: <a>, layer_range: [0, 3]}
+              - {model: <b>, layer_range: [0, 3], parameters: {weight: [1, 0]}}
+            parameters: {normalize: false}
+          - sources: [{model: <c>, layer_range: [3, 4]}, {model: <a>, layer_range: [3, 4]}]
+            parameters: {weight: [2, 1]}
+        parameters: {weight: [0.25, 0.75]}
+        dtype: float32
+    """,
+    "slices that move": """
+        merge_method: linear
+        slices:
+          - sources: [{model: <a>, layer_range: [0, 2]}, {model: <b>, layer_range: [2, 4]}]
+            parameters: {weight: [{filter: layers.3, value: 3}, {value: [0.5, 1]}]}
+          - sources: [{model: <b>, layer_range: [0, 4]}, {model: <c>, layer_range: [0, 4]}]
+        parameters: {weight: 1}
+        dtype: float32
+    """,
+    "a stack": """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: <a>, layer_range: [0, 3]}]
+          - sources: [{model: <b>, layer_range: [1, 4], parameters: {scale: {filter: o_proj, value: 0.5}}}]
+          - sources: [{model: <a>, layer_range: [2, 4]}]
+        dtype: float32
+    """,
+    "fewer layers": """
+        merge_method: passthrough
+        slices: [{sources: [{model: <a>, layer_range: [0, 1]}]}, {sources: [{model: <a>, layer_range: [3, 4]}]}]
+    """,
+    "a module": """
+        merge_method: linear
+        modules:
+          default:
+            slices: [{sources: [{model: <a>, layer_range: [0, 4]}, {model: <b>, layer_range: [0, 4]}]}]
+            parameters: {weight: 0.5}
+        parameters: {weight: 0.1, normalize: false}
+        dtype: float32
+    """,
+    "models in a module": """
+        merge_method: linear
+        modules: {default: {models: [{model: <a>}, {model: <b>, parameters: {weight: 1e-1}}], parameters: {weight: 1}}}
+        dtype: float32
+        out_dtype: float64
+    """,
+    "qwen2": """
+        merge_method: linear
+        slices:
+          - sources: [{model: <d>, layer_range: [0, 3]}, {model: <e>, layer_range: [1, 4]}]
+          - sources: [{model: <e>, layer_range: [0, 1]}, {model: <d>, layer_range: [3, 4]}]
+        parameters: {weight: [1, 0.5, 0.25]}
+        dtype: float32
+    """,
+    "gpt2": """
+        merge_method: linear
+        slices:
+          - sources: [{model: <f>, layer_range: [0, 2]}, {model: <g>, layer_range: [1, 3]}]
+          - sources: [{model: <g>, layer_range: [0, 4]}, {model: <f>, layer_range: [0, 4]}]
+        parameters: {weight: [{filter: attn, value: [0.2, 1]}, {value: 1}]}
+        dtype: float32
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_tensors_are_mergekits(tmp_path, models, name):
+    content = filled(CONFIGURATIONS[name], models)
+    theirs = merge(content, tmp_path / "theirs")
+    make(content, tmp_path / "ours")
+    ours = tiny.stored(tmp_path / "ours")
+    assert_equal(ours, theirs, 0.0 if content["merge_method"] == "passthrough" else 1e-6)
+    said, expected = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
+    for key in ("num_hidden_layers", "n_layer", "layer_types", "max_window_layers", "tie_word_embeddings"):
+        assert key == "max_window_layers" or said.get(key) == expected.get(key), key
+    dtype = content.get("out_dtype") or content.get("dtype") or "float32"
+    assert said["dtype"] == dtype
+    tiny.load(tmp_path / "ours", dtype)  # no key is missing, none left over
+
+
+# mergekit's own examples, with tiny models, in float32: it rounds the inputs to `dtype` first.
+EXAMPLES = {
+    "linear": """
+        models:
+          - {model: <a>, parameters: {weight: 1.0}}
+          - {model: <b>, parameters: {weight: 0.3}}
+          - {model: <c>, parameters: {weight: 0.5}}
+        merge_method: linear
+        dtype: float32
+    """,
+    "gradient-slerp": """
+        slices: [{sources: [{model: <a>, layer_range: [0, 4]}, {model: <b>, layer_range: [0, 4]}]}]
+        merge_method: slerp
+        base_model: <a>
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5
+        dtype: float32
+    """,
+    "ties": """
+        models:
+          - {model: <a>, parameters: {density: [1, 0.7, 0.1], weight: 1.0}}
+          - {model: <b>, parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}}
+        merge_method: ties
+        base_model: <c>
+        parameters: {normalize: true, int8_mask: true}
+        dtype: float32
+    """,
+    "bio-merge": """
+        models:
+          - {model: <a>, parameters: {density: 0.5, weight: 0.5}}
+          - {model: <b>, parameters: {density: 0.5, weight: 0.5}}
+        merge_method: dare_ties
+        base_model: <c>
+        parameters: {normalize: false, int8_mask: true}
+        dtype: float32
+    """,
+    "orcamini-platy-44layer": """
+        slices: [{sources: [{model: <a>, layer_range: [0, 3]}]}, {sources: [{model: <b>, layer_range: [2, 4]}]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+}
+RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
+
+
+def runs(example: str) -> bool:
+    """Whether there is the rule that an example names."""
+    return yaml.safe_load(example)["merge_method"] in RULES
+
+
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if runs(example)])
+def test_mergekits_examples_run(tmp_path, models, name):
+    content = filled(EXAMPLES[name], models)
+    theirs = merge(content, tmp_path / "theirs")
+    make(content, tmp_path / "ours")
+    ours = tiny.stored(tmp_path / "ours")
+    if content["merge_method"] in RANDOM:  # other random numbers
+        assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    else:
+        assert_equal(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "rules", [rules for rules in [("linear", "linear"), ("slerp", "ties")] if {*rules} <= {*RULES}]
+)
+def test_a_file_of_several(tmp_path, models, rules):
+    """The example `mega`: a merge that is merged further, in one pass here and in two there."""
+    own = {"slerp": "parameters: {t: 0.3}", "linear": "parameters: {weight: 0.3, normalize: false}"}[rules[0]]
+    first = f"""
+        slices: [{{sources: [{{model: <a>, layer_range: [0, 4]}}, {{model: <b>, layer_range: [0, 4]}}]}}]
+        merge_method: {rules[0]}
+        base_model: <a>
+        {own}
+        dtype: float32
+    """
+    density = ", density: 0.33" if rules[1] == "ties" else ""
+    last = f"""
+        models:
+          - {{model: half, parameters: {{weight: 1.0}}}}
+          - {{model: <b>, parameters: {{weight: [{{filter: mlp, value: 0.5}}, {{value: 0.1}}]{density}}}}}
+        merge_method: {rules[1]}
+        base_model: <c>
+        parameters: {{normalize: true, weight: 1}}
+        dtype: float32
+    """
+    configurations = filled(first, models), filled(last, models)
+    merge(configurations[0], tmp_path / "half")
+    theirs = merge(filled(last.replace("half", str(tmp_path / "half")), models), tmp_path / "theirs")
+    named = yaml.safe_dump_all([{**configurations[0], "name": "half"}, configurations[1]])
+    document = parse_document(named)
+    make(document.recipe.model_dump(), tmp_path / "ours")
+    assert_equal(tiny.stored(tmp_path / "ours"), theirs, 2e-5)
+    kept = list(yaml.safe_load_all((tmp_path / "ours" / "mergekit_config.yml").read_text()))
+    assert kept == list(yaml.safe_load_all(named))
+
+
+# ---- beyond mergekit ----------------------------------------------------------------------------------
+
+
+def test_experts_keep_their_names(tmp_path, models):
+    """mergekit fuses them, so float64 says what is right; the filter is the name of one expert."""
+    content = filled(
+        """
+        merge_method: linear
+        slices:
+          - sources:
+              - {model: <m>, layer_range: [0, 2], parameters: {weight: [0.2, 0.6]}}
+              - {model: <n>, layer_range: [2, 4], parameters: {weight: [{filter: experts.1.w2, value: 3}, {value: 1}]}}
+          - sources: [{model: <n>, layer_range: [1, 4]}, {model: <m>, layer_range: [0, 3]}]
+            parameters: {weight: 1}
+        """,
+        models,
+    )
+    make(content, tmp_path / "out")
+    made, m, n = tiny.stored(tmp_path / "out"), *(tiny.stored(Path(models[x])) for x in "mn")
+    layer = "model.layers.{}.block_sparse_moe.experts.1.w2.weight"
+    expected = {
+        0: (0.2 * m[layer.format(0)].double() + 3 * n[layer.format(2)].double()) / 3.2,
+        1: (0.6 * m[layer.format(1)].double() + 3 * n[layer.format(3)].double()) / 3.6,
+        2: (m[layer.format(0)].double() + n[layer.format(1)].double()) / 2,
+        4: (m[layer.format(2)].double() + n[layer.format(3)].double()) / 2,
+    }
+    for i, values in expected.items():
+        torch.testing.assert_close(made[layer.format(i)].double(), values, rtol=1e-6, atol=1e-7)
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    value = (0.6 * m[gate].double() + n["model.layers.3.block_sparse_moe.gate.weight"].double()) / 1.6
+    torch.testing.assert_close(made[gate].double(), value, rtol=1e-6, atol=1e-7)
+    embedding = "model.embed_tokens.weight"
+    value = (0.2 * m[embedding].double() + n[embedding].double()) / 1.2  # of the first slice, at its beginning
+    torch.testing.assert_close(made[embedding].double(), value, rtol=1e-6, atol=1e-7)
+    head = (m["lm_head.weight"].double() + n["lm_head.weight"].double()) / 2  # of the last
+    torch.testing.assert_close(made["lm_head.weight"].double(), head, rtol=1e-6, atol=1e-7)
+    assert len([name for name in made if "experts" in name]) == 5 * 4 * 3
+    tiny.load(tmp_path / "out")
+
+
+def test_lists_of_the_config_go_with_their_layers(tmp_path):
+    """Layers with and without a window of attention, from two models that have them in another order."""
+    kinds = ["sliding_attention", "full_attention"]
+    for name, own in (("x", kinds * 2), ("y", kinds[::-1] * 2)):
+        tiny.save(tmp_path / name, "gemma3_text", seed=ord(name), layer_types=own)
+    slices = [("x", 0, 2), ("y", 1, 3), ("x", 0, 1)]
+    parts = [{"sources": [{"model": str(tmp_path / m), "layer_range": [a, b]}]} for m, a, b in slices]
+    make({"merge_method": "passthrough", "slices": parts}, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == [kinds[0], kinds[1], kinds[0], kinds[1], kinds[0]]
+    assert config["num_hidden_layers"] == 5
+    made, y = tiny.stored(tmp_path / "out"), tiny.stored(tmp_path / "y")
+    assert torch.equal(made["model.layers.3.mlp.up_proj.weight"], y["model.layers.2.mlp.up_proj.weight"])
+    tiny.load(tmp_path / "out")
+
+
+def test_modules_of_a_vision_model(tmp_path):
+    """Text from slices of one, vision from a merge of two, the projector from the other."""
+    x, y = (save_vision(tmp_path / name, seed) for seed, name in enumerate("xy"))
+    model = {name: {"model": str(tmp_path / name)} for name in "xy"}
+    slices = [
+        {"sources": [{**model["x"], "layer_range": [0, 2]}, {**model["y"], "layer_range": [0, 2]}]},
+        {"sources": [{**model["y"], "layer_range": [1, 2]}, {**model["x"], "layer_range": [1, 2]}]},
+    ]
+    both = [{**model["x"], "parameters": {"weight": 0}}, {**model["y"], "parameters": {"weight": [1, 2]}}]
+    modules = {
+        "text_decoder": {"slices": slices, "parameters": {"weight": 1}},
+        "vision_tower": {"models": both},
+        "multi_modal_projector": {"models": both},
+    }
+    content = {"merge_method": "linear", "modules": modules}
+    make(content, tmp_path / "out")
+    made = tiny.stored(tmp_path / "out")
+    text = [name for name in x if ".layers.1." in name]
+    assert text
+    for name in text:
+        torch.testing.assert_close(made[name.replace("layers.1", "layers.2")], (x[name] + y[name]) / 2)
+    vision = [name for name in x if "visual" in name]
+    assert vision
+    for name in vision:
+        torch.testing.assert_close(made[name], y[name])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["num_hidden_layers"] == 3
+    del modules["vision_tower"]
+    with pytest.raises(RecipeError, match="vision_tower"):
+        plan(content)
+    with pytest.raises(RecipeError, match="several modules"):
+        plan({"merge_method": "linear", "slices": slices, "parameters": {"weight": 1}})
+
+
+def save_vision(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A tiny qwen2.5-VL; returns its tensors."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {**tiny.SIZES, "num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [1]})
+        )
+        model.save_pretrained(folder)
+    return tiny.stored(folder)
+
+
+def test_a_tied_and_an_untied_model(tmp_path):
+    """The result has a head of its own whichever comes first; mergekit's config would depend on chance."""
+    for name, tied in (("x", True), ("y", False)):
+        tiny.save(tmp_path / name, "llama", seed=ord(name), tie_word_embeddings=tied)
+    x, y = (tiny.stored(tmp_path / name) for name in "xy")
+    for order in ("xy", "yx"):
+        given = [{"model": str(tmp_path / name), "parameters": {"weight": 1}} for name in order]
+        make({"merge_method": "linear", "models": given}, tmp_path / order)
+        made = tiny.stored(tmp_path / order)
+        expected = (x["model.embed_tokens.weight"].double() + y["lm_head.weight"].double()) / 2
+        torch.testing.assert_close(made["lm_head.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+        assert not json.loads((tmp_path / order / "config.json").read_text())["tie_word_embeddings"]
+        tiny.load(tmp_path / order)
+
+
+def test_inputs_are_not_rounded_before_they_are_merged(tmp_path, models):
+    content = filled("{merge_method: linear, models: [{model: <a>}, {model: <b>}], dtype: bfloat16}", models)
+    make({**content, "parameters": {"weight": 1}}, tmp_path / "out")
+    made, a, b = tiny.stored(tmp_path / "out"), *(tiny.stored(Path(models[x])) for x in "ab")
+    for name, tensor in made.items():
+        exact = (a[name].double() + b[name].double()) / 2
+        ulp = torch.exp2(torch.floor(torch.log2(exact.abs())) - 7)
+        assert bool(((tensor.double() - exact).abs() <= ulp / 2).all()), name
+
+
+def test_the_first_model_or_the_base_gives_config_and_tokenizer(tmp_path):
+    for name in "xy":
+        tiny.save(tmp_path / name, "llama", seed=ord(name), vocab_size=256, rope_theta=10000.0 + ord(name))
+        tiny.byte_tokenizer(tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": ord(name)}))
+    given = [{"model": str(tmp_path / name)} for name in "yx"]
+    content = {"merge_method": "linear", "models": given, "parameters": {"weight": 1}}
+    for name, base in (("y", {}), ("x", {"base_model": str(tmp_path / "x")})):
+        made = plan({**content, **base}).checkpoint
+        said = json.loads((tmp_path / name / "config.json").read_text())
+        assert made.config["rope_parameters"] == said["rope_parameters"]
+        assert made.side_files["generation_config.json"].parent.name == name
+        assert any("rope" in warning for warning in made.warnings)
+
+
+def test_recipes_and_configurations_nest(tmp_path, models):
+    """A recipe under a name in a configuration, and a configuration as a source of a recipe."""
+    inner = {"method": "average", "checkpoints": [models["a"], models["b"]]}
+    content = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": "mean", "layer_range": [1, 4]}]}],
+        "merges": {"mean": inner},
+    }
+    make({"method": "average", "checkpoints": [content, content]}, tmp_path / "out")
+    made, a, b = tiny.stored(tmp_path / "out"), *(tiny.stored(Path(models[x])) for x in "ab")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    expected = (a[name.format(3)].double() + b[name.format(3)].double()) / 2
+    torch.testing.assert_close(made[name.format(2)].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_result_tells_its_configuration(tmp_path, models):
+    content = filled(CONFIGURATIONS["slices that move"], models)
+    make(content, tmp_path / "out")
+    assert yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text()) == content
+    recipe = json.loads((tmp_path / "out" / "merger.json").read_text())["recipe"]
+    assert recipe["config"] == content
+    assert plan({key: value for key, value in recipe.items() if key != "output"}).size
+
+
+# ---- what is refused, and what is said ----------------------------------------------------------------
+
+
+def without(folder: str, place: Path, *names: str) -> str:
+    """A copy of a model that lacks tensors."""
+    from safetensors.torch import save_file
+
+    place.mkdir()
+    tensors = {name: tensor for name, tensor in tiny.stored(Path(folder)).items() if name not in names}
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    (place / "config.json").write_text((Path(folder) / "config.json").read_text())
+    return str(place)
+
+
+def test_a_tensor_that_some_lack(tmp_path, models):
+    name = "model.layers.1.mlp.up_proj.weight"
+    lacking = without(models["b"], tmp_path / "lacking", name)
+    given = [{"model": m, "parameters": {"weight": w}} for m, w in ((models["a"], 1), (lacking, 2), (models["c"], 3))]
+    made = make({"merge_method": "linear", "models": given}, tmp_path / "out")
+    a, c = (tiny.stored(Path(models[x]))[name].double() for x in "ac")
+    torch.testing.assert_close(tiny.stored(tmp_path / "out")[name].double(), (a + 3 * c) / 4, rtol=1e-6, atol=1e-7)
+    assert any(name in warning and "lacking" in warning for warning in made.warnings)
+    slices = [{"sources": [{"model": lacking, "layer_range": [0, 4]}]}]
+    assert name not in plan({"merge_method": "passthrough", "slices": slices}).checkpoint.tensors
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("models: [{model: <a>}, {model: <d>}]", IncompatibleSources, "model_type is llama"),
+        ("models: [{model: <a>}], base_model: <b>", RecipeError, "weight: is missing for"),
+        (
+            "slices: [{sources: [{model: <a>, layer_range: [0, 5]}, {model: <b>, layer_range: [0, 5]}]}]",
+            RecipeError,
+            "slices[0].sources[0].layer_range: [0, 5] exceeds the 4 layers",
+        ),
+        (
+            "slices: [{sources: [{model: <a>, layer_range: [0, 3]}, {model: <b>, layer_range: [0, 4]}]}]",
+            RecipeError,
+            "slices[0].sources[1].layer_range: [0, 4] has 4 layers, and sources[0] has 3",
+        ),
+        ("modules: {vision: {models: [{model: <a>}]}}", RecipeError, "modules.vision: is no module"),
+        ("models: [{model: <a>}], tokenizer_source: union", RecipeError, "tokenizer_source: does not work yet"),
+        ("models: [{model: <a>+lora}]", RecipeError, "models[0].model: adapters"),
+        ("models: [{model: <a>@main}]", RecipeError, "has no revision"),
+        (
+            "models: [{model: <a>, parameters: {weight: 1}}, {model: <b>, parameters: {weight: -1}}]",
+            RecipeError,
+            "the weights sum to 0",
+        ),
+    ],
+)
+def test_what_is_refused(models, text, error, says):
+    with pytest.raises(error) as caught:
+        plan(filled(f"{{merge_method: linear, {text}}}", models))
+    assert says in str(caught.value)
+
+
+def test_models_with_different_numbers_of_layers(tmp_path, models):
+    deeper = str(tiny.save(tmp_path / "deeper", "llama", num_hidden_layers=5))
+    given = [{"model": model, "parameters": {"weight": 1}} for model in (models["a"], deeper)]
+    with pytest.raises(IncompatibleSources, match=r"has 4 layers .* and .* 5"):
+        plan({"merge_method": "linear", "models": given})
+
+
+def test_vocabularies_that_differ(tmp_path, models):
+    other = str(tiny.save(tmp_path / "other", "llama", vocab_size=100))
+    given = [{"model": model, "parameters": {"weight": 1}} for model in (models["a"], other)]
+    with pytest.raises(IncompatibleSources, match="their vocabularies have different sizes"):
+        plan({"merge_method": "linear", "models": given})
+
+
+def test_layers_whose_places_count(tmp_path):
+    """Merged where they are they do what they did; moved they would not."""
+    folder = tiny.save(tmp_path / "x", "gpt2", scale_attn_by_inverse_layer_idx=True)
+    source = {"model": str(folder), "layer_range": [0, 4]}
+    assert plan({"merge_method": "passthrough", "slices": [{"sources": [source]}]})
+    with pytest.raises(UnsupportedModel, match="attention is scaled by the layer's number"):
+        plan({"merge_method": "passthrough", "slices": [{"sources": [{**source, "layer_range": [1, 4]}]}]})
