@@ -99,11 +99,17 @@ class Redrawn(Expression):
         return self.kept.memory(elements) + elements * (3 * 8 + 1 + 2 * self.itemsize)
 
     def measures(self) -> Iterator[Measure]:
-        if self.found is None:
+        inner = list(self.kept.measures())
+        yield from inner
+        if self.found is None and not inner:
             yield self.moments
 
     def measured(self, found: Mapping[Measure, Sequence[float]]) -> Expression:
-        return self if self.found is not None else replace(self, found=found[self.moments])
+        kept = self.kept.measured(found)
+        if kept is not self.kept:
+            moments = replace(self.moments, inputs=(kept,))
+            return replace(self, kept=kept, moments=moments, found=found.get(self.moments, self.found))
+        return replace(self, found=found.get(self.moments, self.found))
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
         if self.found is None:

@@ -13,6 +13,7 @@ from merger.kernels import Bytes
 from merger.plan import Shard
 from merger.reader import OpenFiles, read
 from merger.storage.disk import page_aligned
+from merger.whole import Making
 
 
 def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> Sequence[Shard]:
@@ -37,7 +38,9 @@ def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> dict[M
 
 
 def _measures(shards: Iterable[Shard]) -> Iterable[Measure]:
-    return (measure for shard in shards for entry in shard.entries for measure in entry.expression.measures())
+    """All but the tensors that are made as a whole, which are no numbers (`merger.spilling`)."""
+    entries = (entry for shard in shards for entry in shard.entries)
+    return (m for entry in entries for m in entry.expression.measures() if not isinstance(m, Making))
 
 
 def _compute(measure: Measure, inputs: OpenFiles) -> Sequence[float]:

@@ -7,6 +7,7 @@ Parameters and defaults are those of mergekit 0.1.5.
 from merger.blends import blended
 from merger.curves import Karcher, ModelStock, MultiSlerp, NuSlerp, Slerp
 from merger.expression import Expression, cast
+from merger.methods import borrowed
 from merger.methods.rules import Group, Parameter, Rule, table
 
 _WEIGHT = Parameter(float, required=True)
@@ -22,7 +23,7 @@ def _nuslerp(group: Group) -> Expression:
     t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
     by_row = not group.shared["nuslerp_flatten"]
     if by_row and group.shared["nuslerp_row_wise"] and len(group.shape) > 1:
-        raise ValueError("nuslerp_row_wise goes along the first axis, which is not built: leave nuslerp_flatten true")
+        return borrowed.nuslerp(group)
     return blended(group.tensors, group.base, NuSlerp(t), group.dtype, by_row=by_row)
 
 

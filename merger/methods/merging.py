@@ -4,7 +4,7 @@ Names, parameters and defaults are those of mergekit 0.1.5, so that its configur
 """
 
 from merger.expression import Expression, cast, combine
-from merger.methods import geometry, task_vectors
+from merger.methods import borrowed, geometry, task_vectors
 from merger.methods.rules import Group, Parameter, Rule, table
 
 WEIGHT = Parameter(float, required=True)
@@ -38,4 +38,4 @@ _PLAIN = table(
     Rule("passthrough", "Passthrough", "ignored", _passthrough, {}, {"scale": Parameter(float)}, most=1),
 )
 
-RULES: dict[str, Rule] = {**_PLAIN, **geometry.RULES, **task_vectors.RULES}
+RULES: dict[str, Rule] = {**_PLAIN, **geometry.RULES, **task_vectors.RULES, **borrowed.RULES}
