@@ -24,6 +24,7 @@ from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
 from merger.recycling import Recycling
 from merger.sources import LocalSources
@@ -174,6 +175,8 @@ def make_document(content: Mapping[str, Any]) -> Document:
     """The document of plain data. Raises RecipeError with the field's path."""
     if "merge_method" in content:
         raise RecipeError("mergekit configurations do not run yet", where="merge_method", remedy=_METHODS_REMEDY)
+    if "method" not in content and isinstance(content.get("experts"), list):
+        content = {"method": "moe", **content}  # a file of mergekit-moe
     if "method" not in content:
         close = difflib.get_close_matches("method", [str(key) for key in content], 1)
         hint = f"; {close[0]!r} is not a field, did you mean 'method'?" if close else ""
@@ -239,6 +242,8 @@ def _fields_of(holder: Any, root: str, path: str) -> list[str]:
         return list((Baklava if {"checkpoints", "data"} & holder.keys() else Recycling).model_fields)
     if "task" in holder:
         return list(TASKS[holder["task"]].model_fields)
+    if "source_model" in holder:
+        return list(Expert.model_fields)
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
     return [field.alias or name for name, field in kind.model_fields.items()]
 

@@ -6,6 +6,7 @@ from merger.methods import experts as experts
 from merger.methods import fine_tunes as fine_tunes
 from merger.methods import lora as lora
 from merger.methods import lorahub as lorahub
+from merger.methods import moe as moe
 from merger.methods import routing as routing
 from merger.methods import search as search
 from merger.methods import soups as soups
