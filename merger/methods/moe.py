@@ -90,9 +90,9 @@ class Moe(Method):
     seed: int = Field(default=0, ge=0, description="Of noise and of random routers.")
     gates: str | None = Field(default=None, description="Rows of the routers, once a run has measured them.")
 
-    paper: ClassVar[str] = "mergekit-moe of mergekit 0.1.5, docs/moe.md there"
+    paper: ClassVar[str] = "mergekit-moe of mergekit 0.1.5, arXiv 2403.13257"
     example: ClassVar[str] = (
-        "base_model: models/base\ngate_mode: hidden\nexperts:\n"
+        "method: moe\nbase_model: models/base\ngate_mode: hidden\nexperts:\n"
         "  - {source_model: models/code, positive_prompts: [a function that sorts]}\n"
         "  - {source_model: models/chat, positive_prompts: [how are you today]}\n"
         "output: {path: out/moe}"
