@@ -6,7 +6,6 @@ longest, and its mean over tokens (`hidden_avg`) counts the padding.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from merger.expression import cast, join
 from merger.layers import count_of
 from merger.loading import Loaded, config_and_tokenizer
 from merger.shaping import rows
-from merger.values import values
+from merger.values import side_by_side
 
 Matrix = NDArray[np.float64]
 Rows = NDArray[np.float32]
@@ -87,7 +86,7 @@ def _embeddings(checkpoint: Checkpoint, tokens: Sequence[int]) -> dict[int, Matr
             f"has {whole.shape[0]} embeddings, and its tokenizer gives the token {tokens[-1]}", where=checkpoint.label
         )
     picked = join([rows(whole, token, token + 1) for token in tokens], (len(tokens), whole.shape[1]))
-    [(_, _, content)] = values(replace(checkpoint, tensors={name: cast(picked, "F64")}))
+    [[content]] = side_by_side([cast(picked, "F64")], picked.size, whole=False)
     table = content.view(np.float64).reshape(picked.shape)
     return dict(zip(tokens, table, strict=True))
 

@@ -18,10 +18,21 @@ import torch
 from pydantic import Field, TypeAdapter
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from merger.alignment import orders
 from merger.apart import requests
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceError, UnsupportedModel
-from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Prompts, Score, Text
+from merger.evaluation import (
+    Alignment,
+    Classification,
+    Evaluation,
+    Harness,
+    Measured,
+    Preferences,
+    Prompts,
+    Score,
+    Text,
+)
 from merger.gating import from_embeddings, from_hidden_states
 from merger.given import as_text
 from merger.host import free_memory
@@ -253,6 +264,8 @@ def score(
     along: Sequence[Checkpoint] = (),
 ) -> Score:
     """What an evaluation says of a checkpoint, with the slopes of its loss along others. Raises RequestError."""
+    if isinstance(evaluation, Alignment):
+        return _compared(checkpoint, along[0], say)
     if isinstance(evaluation, Prompts):
         return _placed(checkpoint, evaluation, say)
     kind = _KINDS[getattr(evaluation, "task")]  # noqa: B009
@@ -261,6 +274,13 @@ def score(
     loaded.model.requires_grad_(bool(along))
     found = _score(evaluation, loaded, say)
     return replace(found, slopes=tuple(_slope(loaded, other, kind, evaluation) / sum(found.sizes) for other in along))
+
+
+def _compared(checkpoint: Checkpoint, first: Checkpoint, say: Say) -> Score:
+    """Which expert of a mixture goes to which place of another's."""
+    found = tuple(tuple(order) for order in orders(checkpoint, first, say))
+    moved = float(sum(expert != place for order in found for place, expert in enumerate(order)))
+    return Score({"moved": moved}, "experts", (moved,), (1.0,), orders=found)
 
 
 def _placed(checkpoint: Checkpoint, evaluation: Prompts, say: Say) -> Score:
@@ -316,7 +336,9 @@ def _check_memory(checkpoint: Checkpoint, models: int) -> None:
         )
 
 
-_EVALUATION: TypeAdapter[Measured] = TypeAdapter(Annotated[Evaluation | Prompts, Field(discriminator="task")])
+_EVALUATION: TypeAdapter[Measured] = TypeAdapter(
+    Annotated[Evaluation | Prompts | Alignment, Field(discriminator="task")]
+)
 
 
 def _answers(requests: Iterable[str]) -> Iterator[dict[str, Any]]:

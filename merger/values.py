@@ -3,7 +3,7 @@
 Knows expressions and threads; knows nothing of torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -34,6 +34,30 @@ def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
                 yield entry.name, entry.expression, content
     finally:
         inputs.close()
+
+
+def side_by_side(tensors: Sequence[Expression], elements: int, *, whole: bool = True) -> Iterator[list[Bytes]]:
+    """So many elements at a time of tensors of one size, in their order. Remote files are fetched whole, unless little
+    of them is read. Raises ReadFailed and SourceChanged.
+    """
+    plan = make_plan(Checkpoint({f"{i:09d}": tensor for i, tensor in enumerate(tensors)}, None, {}, ()), {}, 1 << 62)
+    remote = remote_files(plan.shards) if whole else set()
+    inputs = OpenFiles(cached={file.address for file in remote})
+    try:
+        download(remote)
+        [shard] = measured(plan.shards, inputs, processors())
+        ready = [entry.expression for entry in sorted(shard.entries, key=lambda entry: entry.name)]
+        with ThreadPoolExecutor(processors()) as pool:
+            for start in range(0, ready[0].size, elements):
+                stop = min(start + elements, ready[0].size)
+                yield list(pool.map(lambda tensor, a=start, b=stop: _piece(tensor, inputs, a, b), ready))
+    finally:
+        inputs.close()
+
+
+def _piece(tensor: Expression, inputs: OpenFiles, start: int, stop: int) -> Bytes:
+    found = read(set(tensor.reads(start, stop)), inputs, page_aligned(tensor.memory(stop - start)))
+    return tensor.values(start, stop, found.__getitem__)
 
 
 def _evaluate(expression: Expression, inputs: OpenFiles) -> Bytes:

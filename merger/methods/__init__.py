@@ -1,5 +1,6 @@
 """The families of methods. Importing this package makes every method known to `Method`."""
 
+from merger.methods import alignment as alignment
 from merger.methods import averaging as averaging
 from merger.methods import depth as depth
 from merger.methods import experts as experts

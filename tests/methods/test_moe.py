@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from merger.errors import IncompatibleSources, RecipeError, RequestError, UnsupportedModel
 from merger.given import as_text, from_text
-from merger.methods.method import Judge, Means, settled
+from merger.methods.method import Means, settled
 from merger.methods.moe import Moe
 from merger.recipe import make_document
-from merger.scoring import score
 from merger.sources import LocalSources
 from tests import tiny
+from tests.judges import Here
 from tests.methods.making import make, plan
 from tests.methods.test_soups import NoTrainer
 
@@ -44,13 +44,6 @@ for config, out in zip(sys.argv[1::2], sys.argv[2::2]):
     flags = ["--i-understand-this-is-not-useful-without-training", "--device", "cpu"]
     main([config, out, *flags], standalone_mode=False)
 """
-
-
-class Here(Judge):
-    """Measures in this process."""
-
-    def score(self, candidate, evaluation, key=None, along=()):
-        return score(LocalSources().open(LocalSources().members(candidate)[0]), evaluation)
 
 
 def expert(model: Path, positive: list[str] | None = None, **fields: Any) -> dict[str, Any]:
