@@ -5,7 +5,9 @@ are those of mergekit/moe/router.py. Prompts are run one by one, so that nothing
 longest, and its mean over tokens (`hidden_avg`) counts the padding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from merger.checkpoint import Checkpoint
 from merger.errors import SourceError, UnsupportedModel
 from merger.evaluation import Prompts
 from merger.expression import cast, join
+from merger.host import processors
 from merger.layers import count_of
 from merger.loading import Loaded, config_and_tokenizer
 from merger.shaping import rows
@@ -32,20 +35,33 @@ def from_hidden_states(loaded: Loaded, evaluation: Prompts, say: Callable[[int, 
     """What comes into each layer at the last token of a prompt, or on average over its tokens; the mean over prompts.
     [layers, rows, d]
     """
-    total = sum(len(positive) + len(negative) for positive, negative in evaluation.prompts)
-    done = 0
+    prompts = sorted({prompt for pair in evaluation.prompts for side in pair for prompt in side})
+    tokens = [_tokens(loaded.tokenizer, prompt) for prompt in prompts]
+    states: dict[str, Matrix] = {}
+    with _one_thread_each(loaded) as pool:
+        found = pool.map(lambda ids: _states(loaded, ids, evaluation.mode), tokens)
+        for prompt, matrix in zip(prompts, found, strict=True):
+            states[prompt] = matrix
+            say(len(states), len(prompts))
 
-    def mean(prompts: Sequence[str]) -> Matrix:
-        nonlocal done
-        found = []
-        for prompt in prompts:
-            found.append(_states(loaded, _tokens(loaded.tokenizer, prompt), evaluation.mode))
-            done += 1
-            say(done, total)
-        middle: Matrix = np.mean(found, axis=0)
+    def mean(chosen: Sequence[str]) -> Matrix:
+        middle: Matrix = np.mean([states[prompt] for prompt in chosen], axis=0)
         return middle
 
     return _rows(evaluation, mean)
+
+
+@contextmanager
+def _one_thread_each(loaded: Loaded) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each run a prompt alone: what several of torch's own add up depends on how many there are."""
+    before = torch.get_num_threads()
+    workers = processors() if loaded.device == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _states(loaded: Loaded, tokens: Sequence[int], mode: str) -> Matrix:
