@@ -52,6 +52,10 @@ def donors_of(recipe: "Moe", sources: Sources, config: Mapping[str, Any], base: 
                     where=where,
                     remedy="All models must be of one family.",
                 )
+            for key in ("hidden_act", "mlp_bias"):
+                if own.get(key) != config.get(key):
+                    what = f"{key} is {own.get(key)!r} in {model.label} and {config.get(key)!r} in the base"
+                    raise IncompatibleSources(what, where=where, remedy="Experts of one layer compute alike.")
             layers, _ = split(model.tensors, own, model.label)
             _check_alike(layers, base, model, where, own)
             yield Donor(expert, model, layers, where)

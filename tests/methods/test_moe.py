@@ -335,6 +335,8 @@ def test_models_that_do_not_go_together(models, tmp_path):
     error = refusal(changed(good, 1, source_model=str(tmp_path / "wide")))
     assert (type(error), error.where) == (IncompatibleSources, "experts[1].source_model")
     assert "[64, 32], the base [48, 32]" in error.message
+    tiny.save(tmp_path / "gelu", "llama", vocab_size=260, hidden_act="gelu")
+    assert "hidden_act is 'gelu'" in refusal(changed(good, 1, source_model=str(tmp_path / "gelu"))).message
     tiny.save(tmp_path / "deep", "llama", vocab_size=260, num_hidden_layers=6)
     assert "6 layers and the base 4" in refusal(changed(good, 1, source_model=str(tmp_path / "deep"))).message
 
