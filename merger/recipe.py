@@ -26,6 +26,7 @@ from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
 from merger.recycling import Recycling
 from merger.sources import LocalSources
@@ -196,6 +197,8 @@ def _leads_on(place: Any, step: str | int) -> bool:
 
 def make_document(content: Mapping[str, Any]) -> Document:
     """The document of plain data. Raises RecipeError with the field's path."""
+    if "method" not in content and isinstance(content.get("experts"), list):
+        content = {"method": "moe", **content}  # a file of mergekit-moe
     if not {"method", "merge_method"} & content.keys():
         keys = [str(key) for key in content]
         close = difflib.get_close_matches("method", keys, 1) or difflib.get_close_matches("merge_method", keys, 1)
@@ -271,6 +274,8 @@ def _fields_of(holder: Any, recipe: Any, root: str, path: str) -> list[str]:
         return list(TASKS[holder["task"]].model_fields)
     if "merge_method" in recipe:
         return [*mergekit_config.fields_of(path.rpartition(".")[0]), *([*BESIDE] if "merge_method" in holder else [])]
+    if "source_model" in holder:
+        return list(Expert.model_fields)
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
     return [field.alias or name for name, field in kind.model_fields.items()]
 

@@ -11,6 +11,7 @@ from merger.drawn import Noise
 from merger.dtypes import DTYPES
 from merger.errors import UnsupportedModel
 from merger.expression import MARGIN, ByteRange, Expression, Fetch, Filled, Joined, Stored, WeightedSum, join
+from merger.given import Given
 from merger.kernels import Bytes
 
 
@@ -101,6 +102,8 @@ def rows(whole: Expression, first: int, last: int) -> Expression:
             made = replace(whole, shape=shape)
         case Noise():
             made = replace(whole, shape=shape, first=whole.first + first * row)
+        case Given():
+            made = whole.rows(first, last)
         case WeightedSum():
             terms = tuple((weight, rows(term, first, last)) for weight, term in whole.terms)
             made = replace(whole, shape=shape, terms=terms)

@@ -375,3 +375,17 @@ def test_an_adapter_that_is_a_pickle(models):
     write_adapter(models, "x")
     (write_adapter(models, "y") / "adapter_model.safetensors").rename(models / "y" / "adapter_model.bin")
     refused(models, "y/adapter_model.bin: is a pickle", "save_pretrained", recipe=LORA)
+
+
+# ---- files of mergekit-moe ----------------------------------------------------------------------------
+
+
+def test_a_file_of_mergekit_moe_without_prompts_or_with_an_unknown_key(models):
+    expert = {"source_model": "a", "positive_prompts": ["x"]}
+    recipe = {"base_model": "a", "experts": [expert, {"source_model": "b"}], "output": {"path": "out"}}
+    refused(models, "experts[1].positive_prompts: is missing", "`random` needs none", recipe=recipe)
+    refused(models, "gate_mod: is not a field; did you mean 'gate_mode'?", recipe={**recipe, "gate_mod": "random"})
+    recipe = {**recipe, "experts": [expert, {**expert, "negative_prompt": ["y"]}]}
+    says = "experts[1].negative_prompt: is not a field; did you mean 'negative_prompts'?"
+    refused(models, says, recipe=recipe)
+    refused(models, "base_model: field required", recipe={"experts": [expert, expert], "output": {"path": "out"}})
