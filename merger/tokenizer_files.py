@@ -33,12 +33,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerFiles:
     """A model's tokenizer: the content of its tokenizer.json with all added tokens, and of its tokenizer_config.json.
 
-    `is_converted`: there was no tokenizer.json, and transformers made one.
+    `specials` are the tokens that play a role, a text's end for one. `is_converted`: there was no tokenizer.json, and
+    transformers made one.
     """
 
     label: str
     content: Content
     settings: Content
+    specials: tuple[str, ...] = ()
     is_converted: bool = False
 
     @property
@@ -84,7 +86,9 @@ def files_of(checkpoint: Checkpoint) -> TokenizerFiles | None:
     is_converted = TOKENIZER not in names
     content = _converted(checkpoint) if is_converted else read(checkpoint, TOKENIZER)
     try:
-        return TokenizerFiles(label, _completed(content, settings, checkpoint), settings, is_converted)
+        specials = tuple(dict.fromkeys(_specials(settings, read(checkpoint, SPECIAL))))
+        completed = _completed(content, settings, read(checkpoint, ADDED), specials)
+        return TokenizerFiles(label, completed, settings, specials, is_converted)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FormatError(f"is no tokenizer that can be read: {error!r}", where=f"{label}: {TOKENIZER}") from error
 
@@ -140,22 +144,20 @@ def next_id(ids: Iterable[int]) -> int:
     return max(ids, default=-1) + 1
 
 
-def _completed(content: Content, settings: Content, checkpoint: Checkpoint) -> dict[str, Any]:
+def _completed(content: Content, settings: Content, late: Content, specials: Iterable[str]) -> dict[str, Any]:
     """The content with the added tokens that stand in other files only."""
     own = list(content.get("added_tokens") or ())
     ids = {str(it["content"]): int(it["id"]) for it in own} | vocabulary_of(content["model"])
     taken = set(ids.values())
     decoder = settings.get("added_tokens_decoder") or {}
     named = {str(flags["content"]): (int(number), flags) for number, flags in decoder.items()}
-    named |= {
-        str(token): (int(number), None) for token, number in read(checkpoint, ADDED).items() if token not in named
-    }
+    named |= {str(token): (int(number), None) for token, number in late.items() if token not in named}
     for token, (number, flags) in sorted(named.items(), key=lambda item: item[1][0]):
         if token not in ids and number not in taken:
             ids[token] = number
             taken.add(number)
             own.append(entry(token, number, flags))
-    for token in _specials(settings, read(checkpoint, SPECIAL)):
+    for token in specials:
         if token not in ids:
             ids[token] = next_id(ids.values())
             own.append(entry(token, ids[token], special=True))

@@ -6,6 +6,7 @@ breaks byte-level texts apart; here they become part of the model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from merger.errors import IncompatibleSources, UnsupportedModel
@@ -31,14 +32,12 @@ def trimmed(files: TokenizerFiles, rows: int) -> TokenizerFiles:
     if model.get("merges"):
         model["merges"] = [merge for merge in model["merges"] if not gone & {*_pair(merge), _made(merge, model)}]
     added = [it for it in files.content["added_tokens"] if files.ids[it["content"]] < rows]
-    return TokenizerFiles(
-        files.label, {**files.content, "model": model, "added_tokens": added}, files.settings, files.is_converted
-    )
+    return replace(files, content={**files.content, "model": model, "added_tokens": added})
 
 
 def united_content(tokenizers: Sequence[TokenizerFiles], extra: Iterable[str] = ()) -> dict[str, Any]:
     """The tokenizer.json of all tokens: those of the first with their ids, those of the others, then `extra` ones,
-    which are added as words.
+    which are added as words, and special ones of the first that had no row.
 
     Raises IncompatibleSources where the tokens of two of them do not mean the same, naming both.
     """
@@ -55,10 +54,10 @@ def united_content(tokenizers: Sequence[TokenizerFiles], extra: Iterable[str] = 
         if words:
             _check_splits(base, other)
             model = _extended(model, other.content["model"], words, ids)
-    for token in extra:
+    for token in (*extra, *base.specials):  # without the special ones transformers would add them beyond the last row
         if token not in ids:
             ids[token] = next_id(ids.values())
-            added.append(entry(token, ids[token]))
+            added.append(entry(token, ids[token], special=token in base.specials))
     if len(ids) > len(base.ids):
         model = {**model, "vocab": _whole_vocabulary(model, ids)}
     return {**base.content, "model": model, "added_tokens": sorted(added, key=lambda it: it["id"])}

@@ -77,7 +77,7 @@ def united(
     tokenizers, notes = _tokenizers(models, counts, base or 0)
     donor = _donor(settings.source, base, index_of)
     content = _content(tokenizers, donor, settings)
-    result = TokenizerFiles(tokenizers[donor].label, content, tokenizers[donor].settings)
+    result = replace(tokenizers[donor], content=content)
     count = next_id(result.ids.values())
     own = own_rows([_places(result, files, counts[i], i == donor) for i, files in enumerate(tokenizers)], count)
     given = _given(settings, result, tokenizers, counts, index_of)
@@ -86,6 +86,7 @@ def united(
     size = -(-count // multiple) * multiple
     texts, side_files = _files(models[donor], tokenizers[donor], result)
     notes += _notes(models, counts, tokenizers, result, size, donor)
+    notes += _note_on_zeros(rows[donor], result, given)
     vocabulary = Vocabulary(result.ids, size, texts, side_files, rows, tuple(notes))
     made = [
         _brought(
@@ -332,7 +333,12 @@ def _notes(
         lost = sum(token not in result.ids for token in files.ids)
         if lost:
             notes.append(f"{lost} of {len(files.ids)} tokens of {model.label} are not in the result's vocabulary")
-    zeros = [token for token in result.ids if not any(token in files.ids for files in tokenizers)]
-    if zeros:
-        notes.append(f"{len(zeros)} tokens are in no model, {zeros[0]!r} first: zeros where nothing else is said")
     return notes
+
+
+def _note_on_zeros(rows: Rows, result: TokenizerFiles, given: Mapping[int, Given]) -> list[str]:
+    """That rows are zeros which nobody asked for."""
+    empty = np.flatnonzero(np.diff(rows.ends) == 0).tolist()
+    asked = {number for number, said in given.items() if said.row == "zero"}
+    tokens = [result.tokens[number] for number in empty if number in result.tokens and number not in asked]
+    return [f"{len(tokens)} tokens are in no model, {tokens[0]!r} first: their rows are zeros"] if tokens else []
