@@ -8,15 +8,29 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from merger import loading
 from merger.checkpoint import open_checkpoint
 from merger.errors import FormatError, IncompatibleSources, RecipeError, UnsupportedModel
 from merger.expression import Stored
 from merger.gathered import Gathered
 from merger.methods.combination import weighted_sum
+from merger.methods.lora import with_adapter
 from merger.vocabularies import united
 from merger.vocabulary_settings import TokenizerSettings
+from tests import adapters
 from tests.tiny import stored
-from tests.vocabularies import CODE, ENGLISH, KINDS, edit, tensors, tokenizer, vocabulary, write, write_model
+from tests.vocabularies import (
+    CODE,
+    ENGLISH,
+    KINDS,
+    edit,
+    llama_tokenizer,
+    tensors,
+    tokenizer,
+    vocabulary,
+    write,
+    write_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -398,6 +412,44 @@ def test_a_model_without_a_tokenizer_has_the_base_s(shelf, tmp_path):
     assert any("bare has no tokenizer" in note for note in found.notes)
     with pytest.raises(UnsupportedModel, match="has no tokenizer"):
         united([open_checkpoint(bare), *opened(shelf, "BPE", "a")], 0, settings(), index_of("ab"))
+
+
+def test_pieces_of_bytes_as_llama_has_them(tmp_path):
+    for name, texts, seed in (("a", ENGLISH, 1), ("b", CODE, 2)):
+        write_model(tmp_path / name, llama_tokenizer(texts), seed)
+        edit(tmp_path / name, "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    made, found = united([open_checkpoint(tmp_path / name) for name in "ab"], 0, settings(), index_of("ab"))
+    tokens = AutoTokenizer.from_pretrained(write(weighted_sum(made, [0.5, 0.5]), tmp_path / "out"))
+    assert tokens.get_vocab() == dict(found.ids)
+    for text in (ENGLISH[0], CODE[0], "été ☃"):
+        assert tokens.decode(tokens(text, add_special_tokens=False)["input_ids"]) == text
+    assert found.ids["<0x41>"] == vocabulary(tmp_path / "a")["<0x41>"]
+
+
+def test_embeddings_that_adapters_change(tmp_path):
+    folders = []
+    for name, texts, seed in (("a", ENGLISH, 0), ("b", CODE, 2)):
+        folders.append(write_model(tmp_path / name, tokenizer("BPE", texts, 320), seed))
+    modules = ["embed_tokens", "lm_head", "q_proj"]
+    sizes = {"vocab_size": 320, "num_hidden_layers": 2}
+    lora = adapters.save(tmp_path / "lora", r=3, target_modules=modules, sizes=sizes)
+    with_lora = with_adapter(open_checkpoint(folders[0]), open_checkpoint(lora))
+    made, found = united([with_lora, open_checkpoint(folders[1])], 0, settings(), index_of("ab"))
+    peft = adapters.load(folders[0], lora).merge_and_unload()
+    ids = vocabulary(folders[0])
+    mine = [found.ids[token] for token in ids]
+    for model in made:
+        rows = mine if model is made[0] else [found.ids[t] for t in ids if t not in vocabulary(folders[1])]
+        kept = [number for token, number in ids.items() if found.ids[token] in set(rows)]
+        wanted = peft.model.embed_tokens.weight.detach().double().numpy()
+        np.testing.assert_allclose(tensors(model)[EMBEDDING][rows], wanted[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_recipes_over_united_models_are_measured_with_the_new_tokenizer(shelf):
+    made, found = unite(shelf, "BPE", "ab", 0, pad_to_multiple_of=32)
+    result = loading.load(weighted_sum(made, [0.5, 0.5]), "AutoModelForCausalLM", "float32", "cpu")
+    assert result.tokenizer.get_vocab() == dict(found.ids)
+    assert result.model.get_input_embeddings().weight.shape[0] == found.size
 
 
 # ---- configs ------------------------------------------------------------------------------------------

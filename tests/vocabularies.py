@@ -73,6 +73,21 @@ def tokenizer(
     return whole
 
 
+def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Pieces with a mark for a word's start, and a token for each byte, as Llama 2 and Mistral have them."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(ends)
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=390, special_tokens=specials, show_progress=False))
+    content = json.loads(made.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are none
+    own = Tokenizer.from_str(json.dumps(content))
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=own, **roles)
+
+
 def write_model(folder: Path, tokens: PreTrainedTokenizerFast, seed: int, rows: int = 0, **config: Any) -> Path:
     """A tiny model with this tokenizer; its embedding may have more or fewer `rows` than there are tokens."""
     ids = {f"{role}_token_id": getattr(tokens, f"{role}_token_id") for role in ("bos", "eos", "pad")}
