@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, final
 
@@ -22,11 +23,12 @@ Integers = NDArray[np.int64]
 
 _GAP = 4 * PAGE  # bytes between rows that are read too: a read apart costs as much time
 _SMALL = 2 << 20  # bytes: a source that is not larger is read as a whole
+WINDOW = 32  # rows: what is read for any so many is bounded by what is for the worst
 _MEAN_ELEMENTS = 1 << 18  # of a matrix at a time, for the mean of its rows
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Of which rows of which sources each row is the mean: of none (zeros), of one (a copy) or of several.
 
@@ -46,9 +48,17 @@ class Rows:
         """The most terms that a row has."""
         return int(np.diff(self.ends).max(initial=0))
 
-    @property
-    def has_means(self) -> bool:
-        return self.most > 1
+    @cached_property
+    def densest(self) -> tuple[int, int]:
+        """The most terms of any `WINDOW` rows that follow each other, and the most runs among them: rows of one source
+        that follow each other there too.
+        """
+        begins = np.ones(len(self.row), np.int64)
+        begins[1:] = (np.diff(self.source) != 0) | (np.diff(self.row) != 1)
+        before = np.concatenate([[0], np.cumsum(begins)])
+        first = self.ends[:-1]
+        last = self.ends[np.minimum(np.arange(len(self)) + WINDOW, len(self))]
+        return int((last - first).max(initial=0)), int((before[last] - before[first]).max(initial=0)) + 1
 
     def is_whole(self, source: int, rows: int) -> bool:
         """Whether these are all rows of one source, in their order."""
@@ -114,18 +124,22 @@ class Gathered(Expression):
                 yield from self.sources[number].reads(top * self.width, bottom * self.width)
 
     def memory(self, elements: int) -> int:
-        """What is read, once more side by side, and rows in float64. At worst each term of a row is a read apart."""
+        """What is read, the same once more side by side, and rows in float64: for whole windows of the worst rows."""
         if not self.width:
             return 0
-        fixed, row = 0, self.width * (3 * self.itemsize + 3 * 8)
+        terms, runs = self.rows.densest
+        fixed, window = 0, 0
         for source in self.sources:
             size = source.itemsize
             if source.nbytes <= _SMALL:
                 fixed += source.memory(source.size) + source.nbytes
             else:
-                reach = self.width + _GAP // size
-                row = max(row, self.rows.most * (source.memory(reach) + reach * size) + self.width * (3 * 8 + 3 * 8))
-        return fixed + 2 * row + elements * -(-row // self.width)
+                gap, none = _GAP // size, source.memory(0)
+                each = source.memory(1) - none + size
+                window = max(window, runs * (none + gap * each) + terms * self.width * each)
+        row = self.width * (3 * self.itemsize + (6 if self.rows.most > 1 else 3) * 8)
+        rows = -(-window // WINDOW) + row
+        return fixed + window + 2 * rows + elements * -(-rows // self.width)
 
     def measures(self) -> Iterator[Measure]:
         return chain.from_iterable(source.measures() for source in self.sources)

@@ -171,19 +171,36 @@ def test_nothing_is_read_for_nothing(pair):
     assert evaluate(made, 5, 5) == (b"", 0)
 
 
-@pytest.mark.parametrize("means", [False, True])
-def test_memory_covers_what_is_read(stored, large, means):
-    """The worst that rows can do: each of them far from the others."""
-    other = stored(numbers(6, 2048, 1024))
-    draw = np.random.default_rng(7).permutation(2048)[:300]
-    terms = [[(0, int(row)), (1, int(row))] if means else [(int(row) % 2, int(row))] for row in draw]
-    made = gathered([large, other], rows_of(*terms), "F32")
-    for start, stop in [(0, 1), (1023, 1025), (0, 50 * 1024), (0, made.size)]:
-        ranges = set(made.reads(start, stop))
-        pages = sum(-(-part.stop // 4096) * 4096 - part.start // 4096 * 4096 for part in ranges)
-        copied = sum(part.stop - part.start for part in ranges)
+SCATTERED = np.random.default_rng(7).permutation(2048)[:300].tolist()
+LAYOUTS = {
+    "scattered": [[(row % 2, row)] for row in SCATTERED],
+    "means": [[(0, row), (1, row)] for row in SCATTERED],
+    "in order": [[(0, row)] for row in range(2047)],
+    "alternating": [[(row % 2, row)] for row in range(300)],
+    "mostly in order": [[(0, row)] for row in range(1000)] + [[(1, row)] for row in SCATTERED],
+    "with gaps": [[(row % 2, 3 * row)] for row in range(600)],
+    "empty": [[]] * 40 + [[(0, row)] for row in SCATTERED],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_covers_what_is_read_of_any_range(stored, large, layout):
+    made = gathered([large, stored(numbers(6, 2048, 1024))], rows_of(*LAYOUTS[layout]), "F32")
+    draw = np.random.default_rng(8)
+    ranges = [sorted(draw.integers(0, made.size + 1, 2).tolist()) for _ in range(30)]
+    short = [(start, min(start + 5000, made.size)) for start in draw.integers(0, made.size, 30).tolist()]
+    for start, stop in [(0, 1), (1023, 1025), (0, made.size), *ranges, *short]:
+        wanted = set(made.reads(start, stop))
+        pages = sum(-(-part.stop // 4096) * 4096 - part.start // 4096 * 4096 for part in wanted)
+        copied = sum(part.stop - part.start for part in wanted)
         assert pages + copied <= made.memory(stop - start)
         assert made.memory(stop - start) == made.memory(0) + (stop - start) * (made.memory(1) - made.memory(0))
+
+
+def test_rows_in_order_take_little_memory(large):
+    """Not what rows would take that all are far from each other."""
+    made = gathered([large], rows_of(*([(0, row)] for row in range(2000))), "F32")
+    assert made.memory(1 << 20) < 14 * (4 << 20)
 
 
 # ---- what is made of it -------------------------------------------------------------------------------
