@@ -34,6 +34,8 @@ from merger.tokenizer_unions import check_kind, trimmed, united_content
 from merger.vocabulary_configs import Ids, with_vocabulary_size
 from merger.vocabulary_settings import ModelToken, Reference, TokenizerSettings, Zero
 
+_REMEDY = "Save this tokenizer again with transformers' `save_pretrained`; `tokenizer: {source: base}` changes none."
+
 IndexOf = Callable[[Reference], int]  # the number of a model that a configuration names; raises RecipeError
 
 
@@ -74,7 +76,8 @@ def united(
     counts = [
         min(model.tensors[name].shape[0] for name in names) for model, names in zip(models, of_tensors, strict=True)
     ]
-    tokenizers, notes = _tokenizers(models, counts, base or 0)
+    whole, notes = _tokenizers(models, base or 0)
+    tokenizers = [trimmed(files, count) for files, count in zip(whole, counts, strict=True)]
     donor = _donor(settings.source, base, index_of)
     content = _content(tokenizers, donor, settings)
     result = replace(tokenizers[donor], content=content)
@@ -84,7 +87,7 @@ def united(
     rows = tuple(rows_of(own, base, given))
     multiple = settings.pad_to_multiple_of or 1
     size = -(-count // multiple) * multiple
-    texts, side_files = _files(models[donor], tokenizers[donor], result)
+    texts, side_files = _files(models[donor], whole[donor], result)
     notes += _notes(models, counts, tokenizers, result, size, donor)
     notes += _note_on_zeros(rows[donor], result, given)
     vocabulary = Vocabulary(result.ids, size, texts, side_files, rows, tuple(notes))
@@ -107,10 +110,8 @@ def united(
 # ---- tokenizers ---------------------------------------------------------------------------------------
 
 
-def _tokenizers(
-    models: Sequence[Checkpoint], counts: Sequence[int], base: int
-) -> tuple[list[TokenizerFiles], list[str]]:
-    """The tokenizers of all models, without tokens that have no row; one that has none is taken to use the base's."""
+def _tokenizers(models: Sequence[Checkpoint], base: int) -> tuple[list[TokenizerFiles], list[str]]:
+    """The tokenizers of all models; one that has none is taken to use the base's."""
     found = [files_of(model) for model in models]
     given = found[base]
     if given is None:
@@ -127,7 +128,7 @@ def _tokenizers(
     whole = [files or replace(given, label=model.label) for model, files in zip(models, found, strict=True)]
     for files in whole:
         check_kind(files)
-    return [trimmed(files, count) for files, count in zip(whole, counts, strict=True)], notes
+    return whole, notes
 
 
 def _donor(source: Reference, base: int | None, index_of: IndexOf) -> int:
@@ -288,17 +289,38 @@ def _made(
 
 
 def _files(donor: Checkpoint, own: TokenizerFiles, result: TokenizerFiles) -> tuple[dict[str, str], dict[str, Path]]:
-    """The result's tokenizer files: the giver's own where no token changes."""
+    """The result's tokenizer files: the giver's own where no token changes. Raises UnsupportedModel."""
     side = {name: path for name, path in donor.side_files.items() if is_tokenizer_file(name)}
     texts = {name: text for name, text in donor.texts.items() if is_tokenizer_file(name)}
-    whole = files_of(donor)
-    if whole is not None and result.ids == whole.ids:
+    if result.ids == own.ids:
         return texts, side
     texts = {name: text for name, text in texts.items() if not is_old(name)}
     texts[TOKENIZER] = json.dumps(result.content, indent=2, ensure_ascii=False) + "\n"
+    _check_readable(texts[TOKENIZER], result)
     if own.settings:
         texts[SETTINGS] = json.dumps(_settings_of(result), indent=2, ensure_ascii=False) + "\n"
     return texts, {name: path for name, path in side.items() if name not in texts and not is_old(name)}
+
+
+def _check_readable(text: str, result: TokenizerFiles) -> None:
+    """See that the library which reads the file finds the same ids, where it is installed. Raises UnsupportedModel."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return
+    try:
+        found = Tokenizer.from_str(text).get_vocab()
+    except Exception as error:  # the library raises nothing narrower
+        raise UnsupportedModel(
+            f"cannot be made: {error}", where=f"{result.label}: {TOKENIZER}", remedy=_REMEDY
+        ) from error
+    odd = sorted(token for token in found.keys() | result.ids.keys() if found.get(token) != result.ids.get(token))
+    if odd:
+        raise UnsupportedModel(
+            f"would give {odd[0]!r} the id {found.get(odd[0])}, not {result.ids.get(odd[0])}",
+            where=f"{result.label}: {TOKENIZER}",
+            remedy=_REMEDY,
+        )
 
 
 def _settings_of(result: TokenizerFiles) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models in one vocabulary, against float64, against the tokenizers library and transformers, and against mergekit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from merger.expression import Stored
 from merger.gathered import Gathered
 from merger.methods.combination import weighted_sum
 from merger.methods.lora import with_adapter
+from merger.plan import make_plan
+from merger.unpublished import link_result
 from merger.vocabularies import united
 from merger.vocabulary_settings import TokenizerSettings
 from tests import adapters
@@ -443,6 +446,31 @@ def test_embeddings_that_adapters_change(tmp_path):
         kept = [number for token, number in ids.items() if found.ids[token] in set(rows)]
         wanted = peft.model.embed_tokens.weight.detach().double().numpy()
         np.testing.assert_allclose(tensors(model)[EMBEDDING][rows], wanted[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_a_result_that_is_put_together_elsewhere_gets_the_vocabulary(shelf, tmp_path):
+    models = opened(shelf, "BPE", "a", "b")
+    made, found = united(models, 0, settings(), index_of("ab"))
+    (tmp_path / "tokenizer.model").write_bytes(b"old")
+    side_files = {**models[1].side_files, "tokenizer.model": tmp_path / "tokenizer.model"}
+    texts = {"added_tokens.json": "{}", "trainable.json": "{}"}
+    result = found.applied(replace(made[1], config=models[1].config, side_files=side_files, texts=texts))
+    assert result.config == {**models[1].config, "vocab_size": found.size}
+    assert not {"tokenizer.model", "added_tokens.json"} & {*result.side_files, *result.texts}
+    assert result.texts["trainable.json"] == "{}"
+    place = link_result(make_plan(result, {}, 1 << 30), write(result, tmp_path / "out"), tmp_path / "linked")
+    assert AutoTokenizer.from_pretrained(place).get_vocab() == dict(found.ids)
+    assert not (place / "tokenizer.json").is_symlink()
+
+
+def test_tokenizers_that_the_library_reads_otherwise_are_refused(shelf, tmp_path):
+    """A merge of tokens that are not there."""
+    for path in (shelf / "BPE/a").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    edit(tmp_path, "tokenizer.json", model={**model, "merges": [*model["merges"], ["no", "where"]]})
+    with pytest.raises(UnsupportedModel, match="cannot be made: Token"):
+        united([open_checkpoint(tmp_path), *opened(shelf, "BPE", "b")], 0, settings(), index_of("ab"))
 
 
 def test_recipes_over_united_models_are_measured_with_the_new_tokenizer(shelf):
