@@ -68,7 +68,10 @@ def config_and_tokenizer(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """What transformers makes of a checkpoint's side files (no tokenizer: None). Raises UnsupportedModel."""
     with tempfile.TemporaryDirectory() as folder:
         for name, path in checkpoint.side_files.items():
-            (Path(folder) / name).symlink_to(path.resolve())
+            if name not in checkpoint.texts:
+                (Path(folder) / name).symlink_to(path.resolve())
+        for name, text in checkpoint.texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         (Path(folder) / "config.json").write_text(json.dumps(dict(checkpoint.config or {})))
         never_code = {"local_files_only": True, "trust_remote_code": False}
         try:

@@ -63,6 +63,8 @@ def train(
         loaded.model.save_pretrained(place)
         for path in bodies[0][0].side_files.values():
             (place / path.name).write_bytes(path.read_bytes())
+        for name, text in bodies[0][0].texts.items():
+            (place / name).write_text(text, encoding="utf-8")
 
     states.finish(save)
 
