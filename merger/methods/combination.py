@@ -23,6 +23,7 @@ from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import DTYPES, Kind, promote
 from merger.errors import IncompatibleSources, UnsupportedModel
 from merger.expression import Expression, Identical, Stored, combine
+from merger.quantized import dequantized
 from merger.tokenizer import difference
 
 
@@ -33,6 +34,7 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
     """
     if len(checkpoints) == 1 and weights[0] == 1.0:
         return checkpoints[0]
+    checkpoints = [dequantized(checkpoint) for checkpoint in checkpoints]
     _check_configs(checkpoints)
     checkpoints, notes = _same_head(checkpoints)
     _check_names(checkpoints)
@@ -65,12 +67,6 @@ def _check_configs(checkpoints: Sequence[Checkpoint]) -> None:
                 "is an adapter: the mean of its factors A and B apart is not the mean of what they do",
                 where=checkpoint.label,
                 remedy="`method: lora` adds adapters, with `base` into a model.",
-            )
-        if checkpoint.config and "quantization_config" in checkpoint.config:
-            raise IncompatibleSources(
-                "is quantized: its stored numbers are not its weights",
-                where=checkpoint.label,
-                remedy="Dequantize it first, for example with transformers' `dequantize()` and `save_pretrained`.",
             )
     for other in checkpoints[1:]:
         kinds = [(checkpoint.config or {}).get("model_type") for checkpoint in (first, other)]
