@@ -25,8 +25,8 @@ by transformers, which writes the names that the family's models have on the Hub
 - **values right**: every element is the sum in float64, rounded once; integers are what they were.
 - **reloads**: transformers loads the result with no key missing, left over or of another shape.
 
-{right} of the {built} that could be made are right in all three; the remarks say what is the matter with the others, and
-why the rest could not be made tiny. `python -m tests.families KIND` looks at one.
+{right} of the {built} that could be made are right in all three; the remarks say what is the matter with the others,
+and why the rest could not be made tiny. `python -m tests.families KIND` looks at one.
 
 | family | tensors | keys kept | values right | reloads | remarks |
 |---|---|---|---|---|---|

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from merger.architecture import with_dtype
+from merger.architecture import quantization_of, with_dtype, with_quantization_of
 from merger.checkpoint import Checkpoint
 from merger.dtypes import FROM_TORCH, TORCH_NAMES
 from merger.errors import UnsupportedModel
@@ -28,7 +28,7 @@ _OF_ACTIVATIONS = re.compile(
     r"(^|[._])(input|activation|output|act)_scale(_inv|_ub)?$|(^|\.)([qkv]|prob|softmax)_scale(_inv)?$"
 )
 _ORPHAN = re.compile(r"(^|\.)weight_(scale|scale_inv|zero_point|g_idx|packed)$")
-_KEYS = ("quantization_config", "compression_config")
+_Block = tuple[PositiveInt, PositiveInt]
 _SIDE_FILE = "hf_quant_config.json"  # of modelopt: says the same as the config
 _REMEDY = (
     "Dequantize it first, where its own library runs (transformers' `dequantize()` and `save_pretrained`), or use the "
@@ -39,7 +39,7 @@ _REMEDY = (
 
 
 class _Weights(BaseModel):
-    """How a group of modules has its weights, in the terms of compressed-tensors 0.14, `QuantizationArgs`."""
+    """How a group of modules has its weights, in the terms of compressed-tensors' `QuantizationArgs`."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -47,7 +47,7 @@ class _Weights(BaseModel):
     type: str
     strategy: str | None = None
     symmetric: bool = True
-    block_structure: tuple[int, int] | None = None
+    block_structure: _Block | None = None
 
     def layout(self) -> Layout | None:
         if (self.num_bits, self.type, self.symmetric) != (8, "float", True):
@@ -72,7 +72,7 @@ class _Quantization(BaseModel):
 
     quant_method: str = ""
     format: str | None = None
-    weight_block_size: tuple[int, int] | None = None
+    weight_block_size: _Block | None = None
     quant_algo: str | None = None
     config_groups: dict[str, _Group] = {}
 
@@ -89,16 +89,6 @@ class _Quantization(BaseModel):
                 found = [group.weights.layout() if group.weights else None for group in self.config_groups.values()]
                 return tuple(layout for layout in found if layout) if None not in found else ()
         return ()
-
-
-def _quantization_of(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The part of a config that says how the model is quantized, in it or in that of its language model."""
-    for part in (config or {}, (config or {}).get("text_config") or {}):
-        for key in _KEYS:
-            if isinstance(part, Mapping) and part.get(key):
-                found = part[key]
-                return found if isinstance(found, Mapping) else {}
-    return None
 
 
 def _layouts(said: Mapping[str, Any] | None, label: str) -> tuple[Layout, ...]:
@@ -200,7 +190,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     where it is quantized in another way than by eight-bit floats with a scale for each tensor, row or block, and, with
     the tensor, where scales are missing or do not fit.
     """
-    said = _quantization_of(checkpoint.config)
+    said = quantization_of(checkpoint.config)
     narrow = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype in _NARROW]
     if said is None and not narrow:
         return checkpoint
@@ -256,19 +246,10 @@ def _dtype_of(config: Mapping[str, Any] | None) -> str:
 def _config(config: Mapping[str, Any] | None, dtype: str) -> Mapping[str, Any] | None:
     if config is None:
         return None
-    bare = _without(config)
+    bare = with_quantization_of(config)
     return (
         bare if {bare.get("dtype"), bare.get("torch_dtype")} & {*FROM_TORCH} else with_dtype(bare, TORCH_NAMES[dtype])
     )
-
-
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config, and the configs of parts in it, without what they say of quantization."""
-    return {
-        key: _without(value) if key.endswith("_config") and isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _KEYS
-    }
 
 
 def _notes(label: str, count: int, dropped: Sequence[str], dtype: str) -> list[str]:

@@ -133,8 +133,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
     "deepseek_v2": {"first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
 }
@@ -355,7 +357,9 @@ def _answer(kind: str, folder: Path, writing: int, *, with_peer: bool) -> None:
 def main(words: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads that wait would not live in the children
+    with tempfile.TemporaryDirectory() as folder:
+        examine("llama", Path(folder))  # what this loads and compiles, the children have
     for kind in [word for word in words if word != "--peer"] or kinds():
         print(json.dumps(asdict(apart(kind, with_peer="--peer" in words))), flush=True)
 

@@ -190,6 +190,7 @@ OTHERS = [
     compressed("tensor_group", bits=4),
     compressed("channel", symmetric=False),
     {"quant_method": "fp8", "weight_block_size": "128"},
+    {"quant_method": "fp8", "weight_block_size": [0, 128]},
     {"bits": 4},
 ]
 
@@ -336,6 +337,18 @@ def test_nan_is_the_sources_own(fp8, tmp_path):
     found = load_file(made.output / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert found.isnan().nonzero().tolist() == [[3, 5]]
     assert all(check.passed for check in made.checks)
+
+
+@pytest.mark.parametrize("quantized", [0, 1])
+def test_side_files_of_another_model_leave_the_quantization_as_it_is(fp8, tmp_path, quantized):
+    """Of the result and of the giver, one is quantized."""
+    plain = make({"method": "average", "checkpoints": [str(fp8[0])], "output": {"dtype": "bfloat16"}}, tmp_path / "p")
+    source, giver = (fp8[1], plain.output) if quantized else (plain.output, fp8[1])
+    output = {"side_files_from": str(giver)}
+    made = make({"method": "average", "checkpoints": [str(source)], "output": output}, tmp_path / "o").output
+    config = json.loads((made / "config.json").read_text())
+    assert ("quantization_config" in config) == bool(quantized)
+    assert of_transformers(made).keys() == of_transformers(giver).keys()
 
 
 def test_distances_are_those_of_the_weights(fp8, tmp_path):
