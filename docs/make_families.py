@@ -62,13 +62,13 @@ def _mark(value: bool | None) -> str:
     return {True: "yes", False: "**no**", None: ""}[value]
 
 
-def _words(row: dict[str, Any]) -> str:
-    return str(row["reason"]).replace("|", "\\|")
+def _escaped(words: str) -> str:
+    return words.replace("|", "\\|")
 
 
 def _line(row: dict[str, Any]) -> str:
     cells = [row["kind"], row["tensors"] or "", *(_mark(row[key]) for key in ("keys_kept", "values_right", "reloads"))]
-    return f"| {' | '.join(map(str, cells))} | {_words(row)} |\n"
+    return f"| {' | '.join(map(str, cells))} | {_escaped(row['reason'])} |\n"
 
 
 def page(rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
@@ -84,7 +84,9 @@ def page(rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     )
     text += "".join(map(_line, rows)) + PEER.format(mergekit=version("mergekit"))
     for row in peers:
-        text += f"| {row['kind']} | {'the same' if is_right(row) else _words(row)} | {row['peer']} |\n"
+        text += (
+            f"| {row['kind']} | {'right' if is_right(row) else _escaped(row['reason'])} | {_escaped(row['peer'])} |\n"
+        )
     return text
 
 

@@ -129,6 +129,14 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_t
 
 # What a family needs beside SMALL to be small and whole.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 16,
+}
 NEEDS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
@@ -136,7 +144,14 @@ NEEDS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 0}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp": _INDEXER,
+    "qwen4_exp_text": _INDEXER,
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "xlm": {"emb_dim": 32, "vocab_size": 96},
     "deepseek_v2": {"first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
 }
@@ -286,7 +301,7 @@ def _line(error: BaseException) -> str:
 # ---- the same by mergekit -----------------------------------------------------------------------------
 
 
-def peer(folder: Path) -> str:
+def peer(folder: Path, kind: str) -> str:
     """What mergekit makes of the two models of `examine`, in a few words."""
     models = [{"model": str(folder / name), "parameters": {"weight": w}} for name, w in zip("ab", WEIGHTS, strict=True)]
     recipe = {"merge_method": "linear", "models": models, "dtype": "float32"}
@@ -295,8 +310,23 @@ def peer(folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"fails: {' '.join(last[-1].split())[:110]}" if last else "fails"
-    return _compared(stored(folder / "peer"), stored(folder / "a"), stored(folder / "b"))
+        return f"fails: {' '.join(last[-1].split())[:110].replace(str(folder), '.')}" if last else "fails"
+    words = _compared(stored(folder / "peer"), stored(folder / "a"), stored(folder / "b"))
+    return words if words == "the same" else f"{words}; {_loaded(folder / 'peer', kind)}"
+
+
+def _loaded(folder: Path, kind: str) -> str:
+    """What transformers says to a result with other tensors."""
+    try:
+        problems = problems_of(folder, kind)
+    except Exception as error:
+        return f"transformers does not load it: {_line(error)}"
+    missing = [problem.partition(" ")[2] for problem in problems if problem.startswith("missing")]
+    if missing:
+        return (
+            f"transformers loads it with {len(missing)} tensors missing, `{missing[0]}` first, and new ones at random"
+        )
+    return f"transformers loads it with {len(problems)} left over" if problems else "transformers loads it whole"
 
 
 def _compared(made: dict[str, torch.Tensor], a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
@@ -308,9 +338,9 @@ def _compared(made: dict[str, torch.Tensor], a: dict[str, torch.Tensor], b: dict
     )
     words = []
     if lost and not new:
-        words.append(f"loses {len(lost)} of {len(a)} tensors without a word, `{lost[0]}` first")
+        words.append(f"writes {len(made)} of {len(a)} tensors without a word, `{lost[0]}` is the first that is lost")
     elif lost:
-        words.append(f"{len(lost)} of {len(a)} tensors become {len(new)} with other names, `{new[0]}` first")
+        words.append(f"writes {len(made)} tensors for {len(a)}, {len(new)} of them under other names, `{new[0]}` first")
     elif new:
         words.append(f"adds {len(new)}, `{new[0]}` first")
     return "; ".join([*words, *([] if right else ["wrong values"])]) or "the same"
@@ -349,7 +379,7 @@ def _answer(kind: str, folder: Path, writing: int, *, with_peer: bool) -> None:
     signal.alarm(SECONDS + _PEER_SECONDS * with_peer)
     row = examine(kind, folder)
     if with_peer and row.tensors:
-        row = replace(row, peer=peer(folder))
+        row = replace(row, peer=peer(folder, kind))
     os.write(writing, json.dumps(asdict(row)).encode())
     os._exit(0)
 
