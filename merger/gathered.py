@@ -272,17 +272,17 @@ def gathered(sources: Sequence[Expression], rows: Rows, dtype: str) -> Expressio
 class Mean(Measure):
     """The mean of the rows of a tensor, in float64, in blocks of rows from the first to the last. By identity."""
 
-    of: Expression
+    inputs: tuple[Expression]
 
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
-        height, width = self.of.shape[0], math.prod(self.of.shape[1:])
+        [matrix] = self.inputs
+        height, width = matrix.shape[0], math.prod(matrix.shape[1:])
         step = max(1, _MEAN_ELEMENTS // width)
         total: Any = np.zeros(width)
         for top, bottom in pairwise([*range(0, height, step), height]):
-            rows = evaluate(top * width, bottom * width).reshape(bottom - top, -1)
-            total = total + _converted(rows, self.of.dtype, "F64").reshape(-1).view(np.float64).reshape(-1, width).sum(
-                0
-            )
+            [values] = evaluate(top * width, bottom * width)
+            rows = _converted(values.reshape(bottom - top, -1), matrix.dtype, "F64").reshape(-1)
+            total = total + rows.view(np.float64).reshape(-1, width).sum(0)
         return array("d", (total / height).tobytes())
 
 
@@ -340,5 +340,5 @@ def padded(whole: Expression, rows: int) -> Expression:
             where="pad_to_multiple_of",
             remedy="Run the inner recipe into a folder of its own first.",
         )
-    more = MeanRows(whole.dtype, (rows, *whole.shape[1:]), Mean(whole))
+    more = MeanRows(whole.dtype, (rows, *whole.shape[1:]), Mean((whole,)))
     return join([whole, more], (whole.shape[0] + rows, *whole.shape[1:]))

@@ -28,6 +28,7 @@ from merger.methods.fine_tunes import Weighted
 from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, settled
 from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
+from merger.quantized import dequantized
 from merger.recycling import Recycling
 from merger.sources import LocalSources
 from merger.tokenizer import difference
@@ -303,7 +304,7 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
         config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
         checkpoint = replace(checkpoint, config=config)
     if document.output.dtype:
-        checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
+        checkpoint = in_dtype(dequantized(checkpoint), FROM_TORCH[document.output.dtype])
     return with_license_files(checkpoint)
 
 

@@ -13,6 +13,7 @@ from merger.errors import UnsupportedModel
 from merger.expression import MARGIN, ByteRange, Expression, Fetch, Filled, Joined, Stored, WeightedSum, join
 from merger.given import Given
 from merger.kernels import Bytes
+from merger.scaled import Scaled
 
 
 @final
@@ -100,6 +101,9 @@ def rows(whole: Expression, first: int, last: int) -> Expression:
             made = replace(whole, shape=shape, of=of) if isinstance(of, Stored) else of
         case Filled():
             made = replace(whole, shape=shape)
+        case Scaled():
+            top = whole.top + first * row // shape[-1]
+            made = replace(whole, shape=shape, of=rows(whole.of, first, last), top=top)
         case Noise():
             made = replace(whole, shape=shape, first=whole.first + first * row)
         case Given():
@@ -136,6 +140,8 @@ def columns(whole: Expression, first: int, last: int) -> Expression:
             made = Columns(whole.dtype, shape, whole, first)
         case Columns():
             made = replace(whole, shape=shape, first=whole.first + first)
+        case Scaled():
+            made = replace(whole, shape=shape, of=columns(whole.of, first, last), left=whole.left + first)
         case Filled():
             made = replace(whole, shape=shape)
         case WeightedSum():

@@ -237,10 +237,10 @@ def test_dtypes_in_which_nothing_is_calculated_are_refused(stored):
 def measured(expression):
     """The expression with its measures taken."""
 
-    def evaluator(of):
-        return lambda start, stop: np.frombuffer(evaluate(of, start, stop)[0], np.uint8)
+    def evaluator(inputs):
+        return lambda start, stop: [np.frombuffer(evaluate(of, start, stop)[0], np.uint8) for of in inputs]
 
-    return expression.measured({m: m.compute(evaluator(m.of)) for m in expression.measures()})
+    return expression.measured({m: m.compute(evaluator(m.inputs)) for m in expression.measures()})
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32"])
@@ -265,9 +265,9 @@ def test_the_mean_of_many_rows_goes_block_by_block(stored):
 
     def evaluator(start, stop):
         next(asked)
-        return np.frombuffer(values.tobytes()[4 * start : 4 * stop], np.uint8)
+        return [np.frombuffer(values.tobytes()[4 * start : 4 * stop], np.uint8)]
 
-    mean = Mean(source).compute(evaluator)
+    mean = Mean((source,)).compute(evaluator)
     np.testing.assert_allclose(mean, values.astype(np.float64).mean(0), rtol=1e-10, atol=1e-12)
     assert next(asked) == 3
 

@@ -24,6 +24,7 @@ from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import DTYPES, Kind, promote
 from merger.errors import IncompatibleSources, UnsupportedModel
 from merger.expression import Expression, Identical, Stored, combine
+from merger.quantized import dequantized
 from merger.tokenizer import difference
 
 
@@ -47,6 +48,7 @@ def combined(
 
     Raises IncompatibleSources with the tensor or the config key at fault.
     """
+    checkpoints = [dequantized(checkpoint) for checkpoint in checkpoints]
     check_models(checkpoints)
     check_vocabularies(checkpoints)
     checkpoints, notes = same_head(checkpoints)
@@ -84,12 +86,6 @@ def check_models(checkpoints: Sequence[Checkpoint]) -> None:
                 "is an adapter: the mean of its factors A and B apart is not the mean of what they do",
                 where=checkpoint.label,
                 remedy="`method: lora` adds adapters, with `base` into a model.",
-            )
-        if checkpoint.config and "quantization_config" in checkpoint.config:
-            raise IncompatibleSources(
-                "is quantized: its stored numbers are not its weights",
-                where=checkpoint.label,
-                remedy="Dequantize it first, for example with transformers' `dequantize()` and `save_pretrained`.",
             )
     for other in checkpoints[1:]:
         kinds = [(checkpoint.config or {}).get("model_type") for checkpoint in (first, other)]
