@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from merger.dtypes import FROM_TORCH
 from merger.mergekit_settings import Conditional, Parameters, Part
+from merger.vocabulary_settings import ModelToken, TokenizerSettings, TokenSettings
 
 # ---- references ---------------------------------------------------------------------------------------
 
@@ -123,51 +124,6 @@ class Module(Made):
         return self
 
 
-class ModelToken(Part):
-    """The embedding of a token of a model, by its text or its id."""
-
-    kind: Literal["model_token"] = "model_token"
-    model: Ref
-    token: str | None = None
-    token_id: int | None = None
-
-
-class ZeroToken(Part):
-    """An embedding of zeros."""
-
-    kind: Literal["zero"] = "zero"
-
-
-def _kind_of_token(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return str(kind) if kind in ("model_token", "zero") else "reference"
-
-
-class Token(Part):
-    """Where the embedding of a token comes from."""
-
-    source: (
-        Annotated[
-            Union[
-                Annotated[Ref, Tag("reference")],
-                Annotated[ModelToken, Tag("model_token")],
-                Annotated[ZeroToken, Tag("zero")],
-            ],
-            Discriminator(_kind_of_token),
-        ]
-        | None
-    ) = None
-    force: bool = False
-
-
-class Tokenizer(Part):
-    """The vocabulary of the result."""
-
-    source: Ref = Field(default="union", description="union, base, or a model.")
-    tokens: dict[str, Token] | None = Field(default=None, description="Where embeddings of tokens come from.")
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Rows are added up to it.")
-
-
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -180,7 +136,7 @@ class Configuration(Made):
     dtype: Dtype | None = Field(default=None, description="The dtype of the result, unless out_dtype is given.")
     out_dtype: Dtype | None = Field(default=None, description="The dtype of the result.")
     tokenizer_source: Ref | None = Field(default=None, description="union, base, or a model.")
-    tokenizer: Tokenizer | None = Field(default=None, description="The vocabulary of the result.")
+    tokenizer: TokenizerSettings | None = Field(default=None, description="The vocabulary of the result.")
     chat_template: str | None = Field(default=None, description="auto, a name, or a Jinja template.")
     name: str | None = Field(default=None, min_length=1, description="What other configurations of the file call it.")
 
@@ -208,6 +164,14 @@ class Configuration(Made):
         return FROM_TORCH[asked] if asked else None
 
     @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """What is asked for of the result's tokens; None where they stay as they are."""
+        if self.tokenizer_source:
+            source = self.tokenizer_source
+            return TokenizerSettings(source=source if isinstance(source, str) else source.model_dump())
+        return self.tokenizer
+
+    @property
     def made(self) -> dict[str, "Made"]:
         """What is made, by the path of its field: the whole (an empty path), or every module."""
         return {f"modules.{name}": part for name, part in self.modules.items()} if self.modules else {"": self}
@@ -228,16 +192,16 @@ def references(config: Configuration) -> Iterator[tuple[str, str | Model]]:
         yield "base_model", config.base_model
 
 
-_FIELDS: tuple[tuple[str, type[Part]], ...] = (
+_FIELDS: tuple[tuple[str, type[BaseModel]], ...] = (
     (r"parameters\.[^.\[]+(\[\d+\])?$", Conditional),
     (r"model\.(model|lora)$|lora$", Path),
     (r"(model|base_model|tokenizer_source)$", Model),
     (r"sources\[\d+\]$", InputSlice),
     (r"slices\[\d+\]$", OutputSlice),
     (r"models\[\d+\]$", InputModel),
-    (r"tokens\.[^.]+$", Token),
+    (r"tokens\.[^.]+$", TokenSettings),
     (r"tokens\.[^.]+\.source$", ModelToken),
-    (r"tokenizer$", Tokenizer),
+    (r"tokenizer$", TokenizerSettings),
     (r"modules\.[^.]+$", Module),
 )
 

@@ -15,14 +15,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from merger.architecture import embedding_of, head_of, ties_embeddings, with_dtype, with_ties
-from merger.chat_template import TEMPLATE, template_for
+from merger.chat_templates import chosen_template, with_chat_template
 from merger.checkpoint import Checkpoint, Kin
 from merger.dtypes import TORCH_NAMES
 from merger.errors import RecipeError
 from merger.expression import Expression
-from merger.mergekit_config import Configuration, Reference, reference_of, references
+from merger.mergekit_config import Configuration, Model, Reference, reference_of, references
 from merger.methods.combination import check_models, check_vocabularies, config_warnings, same_head
 from merger.methods.grouping import Merging
+from merger.methods.lora import with_adapter
 from merger.methods.merging import RULES
 from merger.methods.method import Method, Source, Sources, open_source
 from merger.methods.rules import Parameter, Rule
@@ -30,6 +31,7 @@ from merger.methods.settings import check, rule_of
 from merger.methods.slices import Layout, Region, config_of, layout_of
 from merger.storage.reference import SCHEME, looks_remote
 from merger.storage.reference import Reference as OnHub
+from merger.vocabularies import united
 
 CONFIGURATION = "mergekit_config.yml"
 
@@ -72,7 +74,7 @@ class Mergekit(Method):
         _check_embeddings(layout, donor)
         tensors, warnings = Merging(rule, self.config, donor, self.seed).tensors(layout)
         parts = dict.fromkeys(part for model in models.values() for part in model.parts)
-        return replace(
+        made = replace(
             donor,
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
@@ -90,12 +92,13 @@ class Mergekit(Method):
                 )
             ),
             kin=(*(kin for model in models.values() for kin in model.kin), *_kin(rule, layout)),
-            texts={**donor.texts, **self._texts(list(given.values()))},
+            texts={**donor.texts, CONFIGURATION: "---\n".join(_as_text(document) for document in self._documents())},
             label="",
             origin=None,
             optimizer={},
             paragraphs=(),
         )
+        return self._with_chat_template(made, given)
 
     def _opened(self, sources: Sources) -> dict[Reference, Checkpoint]:
         """The models in the order in which they are named, each once."""
@@ -115,12 +118,16 @@ class Mergekit(Method):
         has_own_head = head_of(tensors) is not None and not all(ties_embeddings(model.config) for model in models)
         return with_ties(config, False) if config and has_own_head and ties_embeddings(config) else config
 
-    def _texts(self, models: Sequence[Checkpoint]) -> dict[str, str]:
-        """Files of the result's own."""
-        texts = {CONFIGURATION: "---\n".join(_as_text(document) for document in self._documents())}
+    def _with_chat_template(self, made: Checkpoint, models: Mapping[Reference, Checkpoint]) -> Checkpoint:
         if self.config.chat_template is None:
-            return texts
-        return {**texts, TEMPLATE: template_for(self.config.chat_template, [model.side_files for model in models])}
+            return made
+        base = list(models).index(reference_of(self.config.base_model)) if self.config.base_model else None
+        template = chosen_template(self.config.chat_template, list(models.values()), base)
+        if template is None:
+            raise RecipeError(
+                "no model has a template to choose", where="chat_template", remedy="Leave it out, or write one."
+            )
+        return with_chat_template(made, template)
 
     def _documents(self) -> list[dict[str, Any]]:
         """The configuration as a mergekit file says it, those that it builds on first."""
@@ -167,11 +174,10 @@ def opened_reference(
 ) -> Checkpoint:
     """The model that a reference means: one of `merges` where it has that name. Raises RequestError."""
     if reference.lora:
-        raise RecipeError(
-            f"adapters in references do not work yet ({reference})",
-            where=where,
-            remedy="`method: lora` with `base` makes a model of one; say it under `merges` by a name of yours.",
-        )
+        alone = Reference(reference.path, reference.revision)
+        adapter = Reference(reference.lora, reference.lora_revision)
+        model = opened_reference(sources, alone, merges, where)
+        return with_adapter(model, opened_reference(sources, adapter, {}, where))
     if reference.path in merges and reference.revision is None:
         return open_source(sources, merges[reference.path])
     if reference.revision is None or reference.path.startswith(SCHEME):
@@ -183,13 +189,24 @@ def opened_reference(
 
 def in_one_vocabulary(config: Configuration, models: Mapping[Reference, Checkpoint]) -> dict[Reference, Checkpoint]:
     """The models with embeddings, heads and tokenizers of the vocabulary that a configuration asks for. Raises
-    RecipeError.
+    RequestError.
     """
-    for field in ("tokenizer", "tokenizer_source"):
-        if getattr(config, field) is not None:
-            remedy = "Without it the result has the tokenizer of the base, or of the first model."
-            raise RecipeError("does not work yet", where=field, remedy=remedy)
-    return dict(models)
+    settings, order = config.vocabulary, list(models)
+    if settings is None:
+        return dict(models)
+
+    def index_of(ref: str | dict[str, Any]) -> int:
+        reference = reference_of(ref if isinstance(ref, str) else Model.model_validate(ref))
+        if reference not in models:
+            names = ", ".join(map(str, order))
+            raise RecipeError(
+                f"{reference} is none of the models: {names}", where="tokenizer", remedy="Name one of them."
+            )
+        return order.index(reference)
+
+    base = order.index(reference_of(config.base_model)) if config.base_model else None
+    made, _ = united(list(models.values()), base, settings, index_of)
+    return dict(zip(order, made, strict=True))
 
 
 def _check_embeddings(layout: Layout, donor: Checkpoint) -> None:
