@@ -32,6 +32,7 @@ def test_recipes_nest_and_defaults_are_written_out():
         "method": "average",
         "checkpoints": ["x", {"method": "lawa", "checkpoints": "run/*", "k": 6}],
         "normalize": True,
+        "align_experts": False,
         "output": {"shard_size": "5GB"},
     }
 

@@ -18,7 +18,7 @@ from merger.methods.method import Means, settled
 from merger.methods.moe import Moe
 from merger.recipe import make_document
 from merger.sources import LocalSources
-from tests import tiny
+from tests import adapters, tiny
 from tests.judges import Here
 from tests.methods.making import make, plan
 from tests.methods.test_soups import NoTrainer
@@ -265,6 +265,21 @@ def test_other_families_of_ours_and_nested_recipes(models, tmp_path):
     found = made["model.layers.3.block_sparse_moe.output_linear.weight"].double()
     assert (found[0] - (a + b) / 2).abs().max() < 1e-7
     assert torch.equal(found[1], b)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT
+def test_an_adapter_in_its_base_is_an_expert(models, tmp_path):
+    sizes = {"vocab_size": 260, "sliding_window": None}
+    lora = adapters.save(tmp_path / "lora", sizes=sizes, r=2, target_modules=["gate_proj", "down_proj"])
+    within = {"method": "lora", "base": str(models / "llama-0"), "adapters": [str(lora)]}
+    experts = [{"source_model": within, "residual_scale": 2.0}, expert(models / "llama-1")]
+    make({"base_model": str(models / "llama-0"), "gate_mode": "random", "experts": experts}, tmp_path / "moe")
+    made, dense = tiny.stored(tmp_path / "moe"), tiny.stored(models / "llama-0")
+    changes = adapters.deltas(models / "llama-0", lora)
+    for old, new, scale in (("gate_proj", "w1", 1.0), ("up_proj", "w3", 1.0), ("down_proj", "w2", 2.0)):
+        weight = dense[f"model.layers.2.mlp.{old}.weight"].double() + changes.get(f"model.layers.2.mlp.{old}", 0.0)
+        found = made[f"model.layers.2.block_sparse_moe.experts.0.{new}.weight"].double()
+        assert (found - scale * weight).abs().max() < 1e-5
 
 
 # ---- refusals -----------------------------------------------------------------------------------------
