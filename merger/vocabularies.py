@@ -4,8 +4,6 @@ What `tokenizer:` means in a mergekit configuration (tokenizer/config.py, build.
 follow from the order of the models, and with tokens that are part of the new tokenizer's model.
 """
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,28 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from merger.architecture import embedding_of, head_of, ties_embeddings
 from merger.checkpoint import Checkpoint
-from merger.dtypes import promote
 from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
-from merger.expression import Expression
-from merger.gathered import Rows, gathered, padded
-from merger.kernels import CODES
+from merger.gathered import Rows
 from merger.token_rows import Given, own_rows, rows_of
-from merger.tokenizer_files import (
-    SETTINGS,
-    TOKENIZER,
-    TokenizerFiles,
-    files_of,
-    is_old,
-    is_tokenizer_file,
-    next_id,
-)
+from merger.tokenizer_files import TokenizerFiles, files_of, is_tokenizer_file, next_id
+from merger.tokenizer_outputs import tokenizer_outputs
 from merger.tokenizer_unions import check_kind, trimmed, united_content
 from merger.vocabulary_configs import Ids, with_vocabulary_size
 from merger.vocabulary_settings import ModelToken, Reference, TokenizerSettings, Zero
-
-_REMEDY = "Save this tokenizer again with transformers' `save_pretrained`; `tokenizer: {source: base}` changes none."
+from merger.vocabulary_tensors import counterpart, in_vocabulary, vocabulary_tensors
 
 IndexOf = Callable[[Reference], int]  # the number of a model that a configuration names; raises RecipeError
 
@@ -67,12 +53,12 @@ def united(
     models: Sequence[Checkpoint], base: int | None, settings: TokenizerSettings, index_of: IndexOf
 ) -> tuple[list[Checkpoint], Vocabulary]:
     """The models in one vocabulary: each with its embedding, head and head's bias in it, with the config's sizes and
-    ids, and with the tokenizer's files. Without a base the first model gives the ids, and no model's
-    rows come before others.
+    ids, and with the tokenizer's files. Without a base the first model gives the ids, and no
+    model's rows come before others.
 
     Raises RecipeError, IncompatibleSources or UnsupportedModel with the field, the tensor or the file at fault.
     """
-    of_tensors = [_vocabulary_tensors(model) for model in models]
+    of_tensors = [vocabulary_tensors(model) for model in models]
     counts = [
         min(model.tensors[name].shape[0] for name in names) for model, names in zip(models, of_tensors, strict=True)
     ]
@@ -87,22 +73,12 @@ def united(
     rows = tuple(rows_of(own, base, given))
     multiple = settings.pad_to_multiple_of or 1
     size = -(-count // multiple) * multiple
-    texts, side_files = _files(models[donor], whole[donor], result)
+    texts, side_files = tokenizer_outputs(models[donor], whole[donor], result)
     notes += _notes(models, counts, tokenizers, result, size, donor)
     notes += _note_on_zeros(rows[donor], result, given)
     vocabulary = Vocabulary(result.ids, size, texts, side_files, rows, tuple(notes))
-    made = [
-        _brought(
-            i,
-            models,
-            of_tensors,
-            rows[i],
-            size,
-            vocabulary,
-            Ids(tokenizers[i], result, models[donor], i == donor, size),
-        )
-        for i in range(len(models))
-    ]
+    ids = [Ids(files, result, models[donor], i == donor, size) for i, files in enumerate(tokenizers)]
+    made = [_brought(i, models, of_tensors[i], vocabulary, ids[i]) for i in range(len(models))]
     made[donor] = replace(made[donor], notes=(*made[donor].notes, *notes))
     return made, vocabulary
 
@@ -194,53 +170,14 @@ def _row_of(files: TokenizerFiles, token: str, where: str) -> int:
     return files.ids[token]
 
 
-# ---- tensors ------------------------------------------------------------------------------------------
-
-# Beside the embedding and the head: embeddings that a model has twice, heads of encoders, and biases.
-_OTHERS = re.compile(
-    r"(^|\.)shared\.weight$|(^|\.)(encoder|decoder)\.embed_tokens\.weight$|(^|\.)(lm_head|embed_out)\.bias$"
-    r"|^cls\.predictions\.(decoder\.(weight|bias)|bias)$"
-)
-# Rows by token that are not rows of the first axis, or of another vocabulary.
-_REFUSED = re.compile(r"(^|\.)(final_logits_bias|embed_tokens_per_layer\.weight)$")
-
-
-def _vocabulary_tensors(model: Checkpoint) -> list[str]:
-    """The tensors whose rows are tokens, an embedding first. Raises UnsupportedModel."""
-    first = [name for name in (embedding_of(model.tensors), head_of(model.tensors)) if name]
-    others = [name for name in model.tensors if _OTHERS.search(name) and name not in first]
-    odd = [name for name in model.tensors if _REFUSED.search(name)]
-    names = [*first, *others]
-    if odd or not any(name.endswith(".weight") for name in names) or not (embedding_of(model.tensors) or others):
-        raise UnsupportedModel(
-            f"has {odd[0]}, whose rows no vocabulary gives" if odd else "has no embedding by a name that is known",
-            where=model.label,
-            remedy="Merge models that share a tokenizer, without `tokenizer` in the recipe.",
-        )
-    for name in names:
-        if model.tensors[name].dtype not in CODES:
-            raise UnsupportedModel(
-                f"is {model.tensors[name].dtype}, in which merger does not calculate",
-                where=f"{model.label}: tensor {name!r}",
-                remedy="Convert the model to bfloat16 first.",
-            )
-    return names
-
-
 def _brought(
-    number: int,
-    models: Sequence[Checkpoint],
-    of_tensors: Sequence[Sequence[str]],
-    rows: Rows,
-    size: int,
-    vocabulary: Vocabulary,
-    ids: Ids,
+    number: int, models: Sequence[Checkpoint], names: Sequence[str], vocabulary: Vocabulary, ids: Ids
 ) -> Checkpoint:
-    """One model in the new vocabulary."""
+    """One model in the new vocabulary; `names` are its tensors of tokens."""
     model = models[number]
-    tensors = dict(model.tensors)
-    for name in of_tensors[number]:
-        sources = [_counterpart(name, other, model) for other in models]
+    rows, tensors = vocabulary.rows[number], dict(model.tensors)
+    for name in names:
+        sources = [counterpart(name, other, model) for other in models]
         lacking = [models[i].label for i in np.unique(rows.source).tolist() if sources[i] is None]
         if lacking:
             raise IncompatibleSources(
@@ -248,90 +185,13 @@ def _brought(
                 where=f"tensor {name!r}",
                 remedy="Merge models of one architecture.",
             )
-        tensors[name] = _made(name, model, models, sources, rows, size)
+        tensors[name] = in_vocabulary(name, model, models, sources, rows, vocabulary.size)
     config = ids.in_config(model.config) if model.config is not None else None
     moved = vocabulary.applied(replace(model, tensors=tensors, config=config))
     return replace(moved, texts={**moved.texts, **ids.generation_text(model)})
 
 
-def _counterpart(name: str, other: Checkpoint, model: Checkpoint) -> Expression | None:
-    """A model's tensor of this name; its embedding where the name is that of a head which is tied there."""
-    if name in other.tensors:
-        return other.tensors[name]
-    embedding = embedding_of(other.tensors)
-    is_tied = ties_embeddings(other.config) or "tie_word_embeddings" not in (other.config or {})
-    return other.tensors[embedding] if name == head_of(model.tensors) and embedding and is_tied else None
-
-
-def _made(
-    name: str,
-    model: Checkpoint,
-    models: Sequence[Checkpoint],
-    sources: Sequence[Expression | None],
-    rows: Rows,
-    size: int,
-) -> Expression:
-    own = model.tensors[name]
-    for source, other in zip(sources, models, strict=True):
-        if source is not None and source.shape[1:] != own.shape[1:]:
-            a, b = list(own.shape), list(source.shape)
-            raise IncompatibleSources(
-                f"has the shape {a} in {model.label} and {b} in {other.label}: rows of other widths",
-                where=f"tensor {name!r}",
-                remedy="Merge models of one size.",
-            )
-    there = [source if source is not None else own for source in sources]  # those that lack it give no row
-    dtype = promote(frozenset(source.dtype for source in there))
-    return padded(gathered(there, rows, dtype), size - len(rows))
-
-
-# ---- files --------------------------------------------------------------------------------------------
-
-
-def _files(donor: Checkpoint, own: TokenizerFiles, result: TokenizerFiles) -> tuple[dict[str, str], dict[str, Path]]:
-    """The result's tokenizer files: the giver's own where no token changes. Raises UnsupportedModel."""
-    side = {name: path for name, path in donor.side_files.items() if is_tokenizer_file(name)}
-    texts = {name: text for name, text in donor.texts.items() if is_tokenizer_file(name)}
-    if result.ids == own.ids:
-        return texts, side
-    texts = {name: text for name, text in texts.items() if not is_old(name)}
-    texts[TOKENIZER] = json.dumps(result.content, indent=2, ensure_ascii=False) + "\n"
-    _check_readable(texts[TOKENIZER], result)
-    if own.settings:
-        texts[SETTINGS] = json.dumps(_settings_of(result), indent=2, ensure_ascii=False) + "\n"
-    return texts, {name: path for name, path in side.items() if name not in texts and not is_old(name)}
-
-
-def _check_readable(text: str, result: TokenizerFiles) -> None:
-    """See that the library which reads the file finds the same ids, where it is installed. Raises UnsupportedModel."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return
-    try:
-        found = Tokenizer.from_str(text).get_vocab()
-    except Exception as error:  # the library raises nothing narrower
-        raise UnsupportedModel(
-            f"cannot be made: {error}", where=f"{result.label}: {TOKENIZER}", remedy=_REMEDY
-        ) from error
-    odd = sorted(token for token in found.keys() | result.ids.keys() if found.get(token) != result.ids.get(token))
-    if odd:
-        raise UnsupportedModel(
-            f"would give {odd[0]!r} the id {found.get(odd[0])}, not {result.ids.get(odd[0])}",
-            where=f"{result.label}: {TOKENIZER}",
-            remedy=_REMEDY,
-        )
-
-
-def _settings_of(result: TokenizerFiles) -> dict[str, Any]:
-    """tokenizer_config.json, its list of added tokens as it is now."""
-    settings = dict(result.settings)
-    if "added_tokens_decoder" in settings:
-        added = result.content["added_tokens"]
-        settings["added_tokens_decoder"] = {
-            str(it["id"]): {key: value for key, value in it.items() if key != "id"} for it in added
-        }
-    return settings
+# ---- notes ------------------------------------------------------------------------------------------
 
 
 def _notes(
