@@ -33,6 +33,8 @@ _INCIDENTAL = {
     "architectures",
 }
 
+_QUANTIZATION = ("quantization_config", "compression_config")
+
 # Keys that count while a model is trained or while text is generated, not for what it computes.
 _OF_TRAINING = re.compile(
     r"dropout|drop_|jitter|initializer|_std$|loss|aux|problem_type|finetuning_task|label|num_labels|_token_id"
@@ -99,6 +101,26 @@ def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
     """The config naming another dtype (torch's name), under the keys that it has: `dtype`, before v5 `torch_dtype`."""
     changed = _replaced(_replaced(config, "dtype", dtype), "torch_dtype", dtype)
     return changed if "dtype" in changed or "torch_dtype" in changed else {**changed, "dtype": dtype}
+
+
+def quantization_of(config: Config | None) -> Config | None:
+    """What a config says of how the model, or the language model in it, is quantized; None where it says nothing."""
+    inner = (config or {}).get("text_config")
+    for part in (config or {}, inner if isinstance(inner, Mapping) else {}):
+        for key in _QUANTIZATION:
+            if part.get(key):
+                return part[key] if isinstance(part[key], Mapping) else {}
+    return None
+
+
+def with_quantization_of(config: Config, other: Config | None = None) -> dict[str, Any]:
+    """The config, and the configs of parts in it, saying of quantization what another one says, or nothing."""
+    bare = {
+        key: with_quantization_of(value) if _is_part(key, value) else value
+        for key, value in config.items()
+        if key not in _QUANTIZATION
+    }
+    return {**bare, **{key: value for key, value in (other or {}).items() if key in _QUANTIZATION}}
 
 
 def _text_config(config: Config | None) -> Config:

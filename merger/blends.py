@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.delta_kernels import arrays, dots
+from merger.delta_kernels import Inputs, dots
 from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, Stored, WeightedSum, combine
 from merger.kernels import Bytes, weighted_sum
 from merger.thresholds import BLOCK
@@ -50,7 +50,7 @@ class DotProducts(Measure):
         step = min(BLOCK, width) if width >= BLOCK or not self.by_row else BLOCK // width * width
         for start in range(0, size, step):
             stop = min(start + step, size)
-            dots(arrays(evaluate(start, stop), dtypes), stop - start, start, width, self.has_base, found)
+            dots(Inputs(evaluate(start, stop), dtypes), stop - start, start, width, self.has_base, found)
         result: list[float] = found.reshape(-1).tolist()
         return result
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merger.architecture import kept_in_float32, ties_embeddings, with_dtype, with_ties
+from merger.architecture import (
+    kept_in_float32,
+    quantization_of,
+    ties_embeddings,
+    with_dtype,
+    with_quantization_of,
+    with_ties,
+)
 from merger.dtypes import DTYPES, TORCH_NAMES
 from merger.errors import SourceError
 from merger.expression import Expression, File, Identical, Stored, cast
@@ -125,7 +132,8 @@ class Checkpoint:
         return replace(self, label=label)
 
     def with_side_files_of(self, giver: "Checkpoint") -> "Checkpoint":
-        """The same tensors with another model's config, tokenizer and other side files; ties stay as they are here.
+        """The same tensors with another model's config, tokenizer and other side files; ties and quantization stay as
+        they are here.
 
         An adapter and a model give each other their side files, not their configs.
         """
@@ -134,6 +142,8 @@ class Checkpoint:
         config = giver.config
         if config and ties_embeddings(config) != ties_embeddings(self.config):
             config = with_ties(config, ties_embeddings(self.config))
+        if config and (quantization_of(config) or quantization_of(self.config)):
+            config = with_quantization_of(config, self.config)
         return replace(self, config=config, side_files=giver.side_files)
 
 

@@ -32,16 +32,17 @@ from merger.kernels import (
 CHUNK, PAD = 1024, 16  # elements; rows lie so that equal places do not share the lower bits of their addresses
 SIGN = np.uint32(0x7FFFFFFF)
 
-Arrays = Any  # what `arrays` makes, for the kernels
 
+class Inputs:
+    """Arrays of one length, with the names of their types; holds them while kernels work on their addresses."""
 
-def arrays(values: Sequence[Bytes], dtypes: Sequence[str]) -> Arrays:
-    """The addresses, types and element sizes of arrays of one length."""
-    return (
-        np.array([array.ctypes.data for array in values], np.uint64),
-        np.array([CODES[dtype] for dtype in dtypes], np.int64),
-        np.array([ITEMSIZE[dtype] for dtype in dtypes], np.uint64),
-    )
+    def __init__(self, values: Sequence[Bytes], dtypes: Sequence[str]) -> None:
+        self._values = list(values)
+        self.kernel = (
+            np.array([array.ctypes.data for array in self._values], np.uint64),
+            np.array([CODES[dtype] for dtype in dtypes], np.int64),
+            np.array([ITEMSIZE[dtype] for dtype in dtypes], np.uint64),
+        )
 
 
 @compiled
@@ -150,9 +151,9 @@ def _count_keys(inputs: Any, count: Any, by_variance: Any, low: Any, shift: Any,
                     table[place] += 1
 
 
-def count_keys(inputs: Arrays, count: int, by_variance: bool, low: NDArray[np.uint32], shift: int, tables: Any) -> None:
+def count_keys(inputs: Inputs, count: int, by_variance: bool, low: NDArray[np.uint32], shift: int, tables: Any) -> None:
     """Add to `tables` [k, bins] how many keys of row k lie at `low[k]` and above, in bins of 2^shift patterns."""
-    _count_keys(inputs, count, by_variance, low, np.uint32(shift), tables)
+    _count_keys(inputs.kernel, count, by_variance, low, np.uint32(shift), tables)
 
 
 @compiled
@@ -182,7 +183,7 @@ def _collect_keys(
 
 
 def collect_keys(
-    inputs: Arrays,
+    inputs: Inputs,
     count: int,
     first: int,
     by_variance: bool,
@@ -195,7 +196,7 @@ def collect_keys(
     """Append the keys of row k from `low[k]` to `high[k]` to `found[k]`, and the elements' indices, of which the first
     is `first`, to `places[k]`. `filled[k]` counts all, also those for which there is no room any more.
     """
-    _collect_keys(inputs, count, first, by_variance, low, high, found, places, filled)
+    _collect_keys(inputs.kernel, count, first, by_variance, low, high, found, places, filled)
 
 
 # ---- dot products -------------------------------------------------------------------------------------
@@ -241,11 +242,11 @@ def _dots(inputs: Any, count: Any, first: Any, width: Any, has_base: Any, found:
         start += size
 
 
-def dots(inputs: Arrays, count: int, first: int, width: int, has_base: bool, found: NDArray[np.float64]) -> None:
+def dots(inputs: Inputs, count: int, first: int, width: int, has_base: bool, found: NDArray[np.float64]) -> None:
     """Add the dot products of arrays, of each row of `width` elements, to `found` [rows, n, n]; with `has_base` of what
     they differ by from the last array. `first` is the index of the first element. In float64.
     """
-    _dots(inputs, count, first, width, has_base, found)
+    _dots(inputs.kernel, count, first, width, has_base, found)
 
 
 # ---- swaps --------------------------------------------------------------------------------------------
@@ -265,8 +266,8 @@ def _swap(inputs: Any, count: Any, t: Any, out: Any, out_code: Any, out_size: An
         store(base[:size], out + np.uint64(start) * out_size, out_code)
 
 
-def swap(inputs: Arrays, t: float, out: Bytes, out_dtype: str) -> None:
+def swap(inputs: Inputs, t: float, out: Bytes, out_dtype: str) -> None:
     """`out` = the first input + w * the difference of the second from it, w = t over its magnitude, at most 1."""
     size = ITEMSIZE[out_dtype]
     count = out.size // size
-    _swap(inputs, count, np.float32(t), np.uint64(out.ctypes.data), CODES[out_dtype], np.uint64(size))
+    _swap(inputs.kernel, count, np.float32(t), np.uint64(out.ctypes.data), CODES[out_dtype], np.uint64(size))

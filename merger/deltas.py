@@ -8,14 +8,14 @@ One expression makes task arithmetic with random masks (DARE), with trimmed ones
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.delta_kernels import arrays
-from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, Stored
+from merger.delta_kernels import Inputs
+from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, Stored, cast, join
 from merger.kernels import Bytes, count_non_finite
 from merger.mask_kernels import ALL, LISTED, RANDOM, RANKED, list_by_rank, list_by_variance, mix, sum_kept
 from merger.noise import Key
@@ -107,7 +107,7 @@ class Study(Measure):
         step = max(1, BLOCK // width) * width
         for start in range(0, tensors.size, step):
             stop = min(start + step, tensors.size)
-            inputs = arrays(tensors.evaluate(start, stop), tensors.dtypes)
+            inputs = Inputs(tensors.evaluate(start, stop), tensors.dtypes)
             mask = _arrays_of(self.masks, bounds, inputs, start, stop, width)
             sum_kept(inputs, stop - start, start, mask, totals, squares=self.factors == "energies")
         return totals
@@ -124,7 +124,7 @@ def _shares(energies: NDArray[np.float64]) -> list[float]:
 
 
 def _arrays_of(
-    masks: Sequence[Mask], bounds: Sequence[Sequence[Bound]], inputs: Any, start: int, stop: int, width: int
+    masks: Sequence[Mask], bounds: Sequence[Sequence[Bound]], inputs: Inputs, start: int, stop: int, width: int
 ) -> Any:
     """Masks as the kernels take them; `inputs` hold whole rows where a mask follows ranks in these."""
     kinds = np.array([mask.kind for mask in masks], np.int64)
@@ -159,6 +159,7 @@ class Mixed(Expression):
     normalize: bool
     study: Study | None
     found: Sequence[float] | None = None
+    offset: int = 0  # of the first element, where the study is of several tensors, one after the other
 
     @property
     def _inputs(self) -> tuple[Expression, ...]:
@@ -199,7 +200,7 @@ class Mixed(Expression):
             return self
         base = self.base.measured(found)
         models = tuple(model._replace(tensor=model.tensor.measured(found)) for model in self.models)
-        study = replace(self.study, inputs=(base, *(model.tensor for model in models))) if self.study else None
+        study = self.study and replace(self.study, inputs=(base, *(model.tensor for model in models)))
         return replace(self, base=base, models=models, study=study)
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
@@ -211,7 +212,7 @@ class Mixed(Expression):
         first, last = self._whole(start, stop)
         whole = out if (first, last) == (start, stop) else np.empty((last - first) * self.itemsize, np.uint8)
         values = [tensor.values(first, last, fetch) for tensor in self._inputs]
-        inputs = arrays(values, [tensor.dtype for tensor in self._inputs])
+        inputs = Inputs(values, [tensor.dtype for tensor in self._inputs])
         bounds, factors = self._known()
         masks = [model.mask for model in self.models]
         factors = factors * [model.weight for model in self.models]
@@ -241,7 +242,7 @@ class Mixed(Expression):
         if self.found is None:
             raise ValueError("was not measured")
         rows = np.array(self.found).reshape(-1, _NUMBERS)
-        bounds = [[Bound(int(a), int(b)), Bound(int(c), int(d))] for a, b, c, d, _ in rows]
+        bounds = [[Bound(int(a), int(b) - self.offset), Bound(int(c), int(d) - self.offset)] for a, b, c, d, _ in rows]
         return bounds, rows[:, 4]
 
 
@@ -254,11 +255,31 @@ def mixed(
     elect: Election | None = None,
     normalize: bool = False,
     factors: Factors = "one",
+    study: tuple[Study, int] | None = None,
 ) -> Expression:
-    """A base and the masked differences of models from it, all of one shape, as `dtype`; see `Mixed` and `Study`."""
+    """A base and the masked differences of models from it, all of one shape, as `dtype`; see `Mixed` and `Study`, which
+    may be one of several tensors, with the number of elements before this one.
+    """
+    if study:
+        return Mixed(dtype, base.shape, base, tuple(models), scale, elect, normalize, study[0], None, study[1])
     masks = tuple(model.mask for model in models)
     if factors == "magnitudes" and all(mask.kind == ALL for mask in masks):
         factors = "one"
     ranks = any(mask.kind == RANKED or mask.varying < 1.0 for mask in masks)
-    study = Study((base, *(model.tensor for model in models)), masks, factors) if ranks or factors != "one" else None
-    return Mixed(dtype, base.shape, base, tuple(models), scale, elect, normalize, study)
+    inputs = (base, *(model.tensor for model in models))
+    own = Study(inputs, masks, factors) if ranks or factors != "one" else None
+    return Mixed(dtype, base.shape, base, tuple(models), scale, elect, normalize, own)
+
+
+def trimmed_together(
+    tensors: Mapping[str, tuple[Expression, Sequence[Expression]]], density: float
+) -> tuple[Study, Mapping[str, int]]:
+    """A study of several tensors as one vector, each name's base and models, of which the largest magnitudes of each
+    model stay; and the number of elements before each. What is measured itself cannot be studied so.
+    """
+    offsets = dict(zip(tensors, accumulate((base.size for base, _ in tensors.values()), initial=0), strict=False))
+    columns = zip(*((base, *models) for base, models in tensors.values()), strict=True)
+    size = sum(base.size for base, _ in tensors.values())
+    inputs = tuple(join([cast(part, "F32") for part in column], (size,)) for column in columns)
+    mask = Mask(reaching=max(1, int(density * size)))
+    return Study(inputs, (mask,) * (len(inputs) - 1), "one"), offsets

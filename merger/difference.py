@@ -13,11 +13,12 @@ from merger.architecture import layer_of
 from merger.checkpoint import Checkpoint
 from merger.dtypes import DTYPES
 from merger.errors import IncompatibleSources
-from merger.expression import Stored
+from merger.expression import Expression, Stored
 from merger.host import processors
 from merger.kernels import compare
-from merger.reader import OpenFiles
-from merger.storage.disk import PAGE, page_aligned
+from merger.reader import OpenFiles, read
+from merger.scaled import Scaled
+from merger.storage.disk import page_aligned
 
 _BLOCK = 1 << 20  # elements
 
@@ -64,16 +65,19 @@ class Pair:
     """A floating tensor as two checkpoints have it, in one shape."""
 
     name: str
-    a: Stored
-    b: Stored
+    a: Expression
+    b: Expression
 
 
 def pairs_of(a: Checkpoint, b: Checkpoint) -> list[Pair]:
-    """The floating tensors that two stored checkpoints share. Raises IncompatibleSources where shapes differ."""
+    """The floating tensors that two stored checkpoints share, dequantized ones among them.
+
+    Raises IncompatibleSources where shapes differ.
+    """
     found = []
     for name, first in a.tensors.items():
         other = b.tensors.get(name)
-        if not isinstance(first, Stored) or not isinstance(other, Stored):
+        if not isinstance(first, Stored | Scaled) or not isinstance(other, Stored | Scaled):
             continue
         if first.shape != other.shape:
             shapes = f"{list(first.shape)} in {a.label} and {list(other.shape)} in {b.label}"
@@ -88,7 +92,8 @@ def measure(pairs: Sequence[Pair], limit: int | None = None) -> dict[str, Distan
 
     Raises ReadFailed and SourceChanged.
     """
-    files = OpenFiles(cached={str(tensor.file.path) for pair in pairs for tensor in (pair.a, pair.b)})
+    leaves = (leaf for pair in pairs for tensor in (pair.a, pair.b) for leaf in tensor.leaves())
+    files = OpenFiles(cached={str(leaf.file.path) for leaf in leaves})
     try:
         with ThreadPoolExecutor(processors()) as pool:
             return {pair.name: _tensor(pool, files, pair, limit) for pair in pairs}
@@ -106,9 +111,8 @@ def _tensor(pool: Executor, files: OpenFiles, pair: Pair, limit: int | None) -> 
 def _block(files: OpenFiles, pair: Pair, start: int, stop: int) -> Distance:
     values = []
     for tensor in (pair.a, pair.b):
-        part = tensor.range(start, stop)
-        with files.lease(tensor.file) as file:
-            values.append(file.read(part.start, part.stop, page_aligned(part.stop - part.start + 2 * PAGE)))
+        found = read(set(tensor.reads(start, stop)), files, page_aligned(tensor.memory(stop - start)))
+        values.append(tensor.values(start, stop, found.__getitem__))
     return Distance(stop - start, *compare(values[0], pair.a.dtype, values[1], pair.b.dtype))
 
 

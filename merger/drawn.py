@@ -6,14 +6,14 @@ order.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merger.expression import ByteRange, Evaluate, Expression, Fetch, Made, Measure, Stored
 from merger.kernels import Bytes, add_moments, weighted_sum
-from merger.noise import Key, normal
+from merger.noise import Key, normal, uniform
 
 _BLOCK = 1 << 18  # elements
 
@@ -23,23 +23,27 @@ Mask = NDArray[np.bool_]
 @final
 @dataclass(frozen=True, slots=True)
 class Noise(Made):
-    """Standard normal numbers of a key, from the number `first` on, in float64: a term of sums."""
+    """Standard normal numbers of a key, or numbers uniform between -1 and 1, from the number `first` on, in float64: a
+    term of sums.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     key: Key
     first: int = 0
+    kind: Literal["normal", "uniform"] = "normal"
 
     def memory(self, elements: int) -> int:
         return 8 * elements
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
-        return normal(self.key, self.first + start, stop - start)
+        draw = normal if self.kind == "normal" else uniform
+        return draw(self.key, self.first + start, stop - start)
 
 
-def noise(shape: tuple[int, ...], key: Key) -> Noise:
-    """Standard normal numbers of a shape."""
-    return Noise("F64", shape, key)
+def noise(shape: tuple[int, ...], key: Key, kind: Literal["normal", "uniform"] = "normal") -> Noise:
+    """Standard normal numbers of a shape, or numbers uniform between -1 and 1."""
+    return Noise("F64", shape, key, kind=kind)
 
 
 @final

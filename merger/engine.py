@@ -25,6 +25,7 @@ from merger.plan import Entry, Shard, read_again, remote_files
 from merger.reader import OpenFiles, download, read
 from merger.receipt import FOLDER, Receipt, write_receipt
 from merger.remote import Remote
+from merger.scaled_kernels import TABLES, count_non_finite_codes
 from merger.spilling import Scratch, Workshop, ready
 from merger.storage.disk import OutputFile, page_aligned, round_up, sync_folder
 from merger.whole import wholes_in
@@ -348,5 +349,7 @@ def _non_finite_input(piece: _Piece, fetch: Fetch) -> File | None:
     """The first file whose values in this piece are not all finite, or None where only the result overflowed."""
     for part in piece.expression.reads(piece.start, piece.stop):
         if DTYPES[part.dtype].is_float and count_non_finite(fetch(part), part.dtype):
+            return part.file
+        if part.dtype in TABLES and count_non_finite_codes(fetch(part), part.dtype):
             return part.file
     return None

@@ -162,6 +162,24 @@ class Harness(Measured):
         return tuple(sorted(path for path in own if path.is_file()))
 
 
+class Prompts(Measured):
+    """Where prompts lie in the space of a model's hidden states or embeddings: rows of routers. No task for recipes;
+    `mode` and the formulas are those of mergekit-moe (mergekit/moe/router.py).
+    """
+
+    task: Literal["prompts"] = Field(default="prompts", description="What the data are.")
+    mode: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed"] = Field(description="What is taken of them.")
+    prompts: list[tuple[list[str], list[str]]] = Field(description="For each row what is added, and what subtracted.")
+    metrics: ClassVar[tuple[str, ...]] = ("rows",)
+
+
+class Alignment(Measured):
+    """Which expert of one mixture is which of another, from their values alone. No task for recipes."""
+
+    task: Literal["alignment"] = Field(default="alignment", description="What is compared.")
+    metrics: ClassVar[tuple[str, ...]] = ("moved",)
+
+
 Evaluation = Annotated[
     Union[Text, Classification, Preferences, Harness],
     Field(discriminator="task"),
@@ -189,7 +207,8 @@ TASKS: dict[str, type[Measured]] = {
 class Score:
     """What an evaluation came to: metrics; of the items the sums (nats, hits) and the sizes (tokens, 1), in the order
     of the data, whose ratio is the task's first metric. `unit` says what a size counts. `slopes` are those of the loss
-    along models, where they were asked for.
+    along models, where they were asked for; `rows` are routers' rows [layers, rows, d] where prompts were measured, as
+    text (`merger.given`); `orders` those of the experts of each layer where mixtures were compared.
     """
 
     metrics: Mapping[str, float]
@@ -197,12 +216,15 @@ class Score:
     sums: tuple[float, ...]
     sizes: tuple[float, ...]
     slopes: tuple[float, ...] = ()
+    rows: str = ""
+    orders: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Score":
         """The score from its fields as JSON has them. Raises KeyError and TypeError."""
         lists = {name: tuple(data[name]) for name in ("sums", "sizes", "slopes")}
-        return cls(metrics=data["metrics"], unit=data["unit"], **lists)
+        orders = tuple(tuple(order) for order in data.get("orders", ()))
+        return cls(metrics=data["metrics"], unit=data["unit"], **lists, rows=data.get("rows", ""), orders=orders)
 
     @property
     def count(self) -> int:

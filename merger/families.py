@@ -173,6 +173,24 @@ def _deepseek_fields(config: Config, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _deepseek_v1_fields(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """As the code of deepseek-ai/deepseek-moe-16b-base reads them; it knows rope by its old names."""
+    rope = dict(config.get("rope_parameters") or {})
+    theta, kind = rope.pop("rope_theta", None), rope.pop("rope_type", "default")
+    old = {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": kind, **rope}}
+    return {
+        "n_routed_experts": sizes.experts,
+        "n_shared_experts": 1 if sizes.shared_width else None,
+        "num_experts_per_tok": sizes.per_token,
+        "moe_intermediate_size": sizes.width,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+        "norm_topk_prob": sizes.normalize,
+        **(old if theta else {}),
+    }
+
+
 def _qwen3_5_fields(_config: Config, sizes: Sizes) -> dict[str, Any]:
     return {
         "num_experts": sizes.experts,
@@ -361,6 +379,10 @@ FAMILIES: tuple[Family, ...] = (
         by_name=True,
     ),
 )
+
+# What mergekit-moe calls DeepSeek MoE: transformers has no such family, the model's own code does. Its config is made
+# in `merger.methods.outputs`.
+DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _LLAMA, layout.deepseek_v1, _deepseek_v1_fields, shared="plain")
 
 # Why a mixture of experts in transformers would not compute what these models do.
 REFUSED: Mapping[str, str] = {

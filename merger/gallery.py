@@ -1,15 +1,17 @@
 """The pictures of a run's report: which numbers are drawn. Knows plans, written shards and scores; knows nothing of
 pixels."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from merger.assessment import Assessment
 from merger.checkpoint import root_of
 from merger.difference import Pair, by_layer, measure
 from merger.dtypes import DTYPES
-from merger.expression import File, Stored
+from merger.expression import Expression, File, Stored, WeightedSum
 from merger.plan import Plan
 from merger.remote import Remote
+from merger.scaled import Scaled
 from merger.sizes import active, parameters
 
 
@@ -64,8 +66,16 @@ def _pairs_with_last(plan: Plan, output: Path) -> list[Pair]:
         path = output / shard.name
         file = File(path, shard.size, path.stat().st_mtime_ns, "")
         for entry in shard.entries:
-            made, own = entry.expression, [leaf for leaf in entry.expression.leaves() if leaf.file in last]
+            made = entry.expression
+            own = [part for part in _parts(made) if last.issuperset(leaf.file for leaf in part.leaves())]
             if own and DTYPES[made.dtype].is_float and own[0].shape == made.shape:
                 written = Stored(made.dtype, made.shape, file, len(shard.header) + entry.offset)
                 pairs.append(Pair(entry.name, own[0], written))
     return pairs
+
+
+def _parts(made: Expression) -> Iterator[Expression]:
+    """The floating tensors that one is made from: as they are stored, or as they are dequantized."""
+    terms = [term for _, term in made.terms] if isinstance(made, WeightedSum) else [made]
+    yield from (term for term in terms if isinstance(term, Scaled))
+    yield from (leaf for leaf in made.leaves() if DTYPES[leaf.dtype].is_float)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merger.errors import UnsupportedModel
 from merger.expression import Expression, Filled, cast, join
 from merger.shaping import rows, transposed
 
@@ -41,6 +42,28 @@ class Experts:
     @property
     def dtype(self) -> str:
         return self.routed[0].gate.dtype
+
+
+# Names of a gated MLP within a layer: gate, up, down.
+MLPS = (
+    ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
+    ("feed_forward.w1.weight", "feed_forward.w3.weight", "feed_forward.w2.weight"),
+)
+
+
+def mlp_of(layer: Tensors, config: Config, where: str) -> Mlp:
+    """The gated MLP of a dense layer, fused or not. Raises UnsupportedModel where it has none."""
+    for names in MLPS:
+        if all(name in layer for name in names):
+            return Mlp(*(layer[name] for name in names))
+    if "mlp.gate_up_proj.weight" in layer:
+        return mlp_of(split_fused(layer, config), config, where)
+    raise UnsupportedModel(f"has no gated MLP that merger knows among {', '.join(sorted(layer)[:6])}, ...", where=where)
+
+
+def without_mlp(layer: Tensors) -> dict[str, Expression]:
+    """The tensors of a layer beside its gated MLP."""
+    return {name: tensor for name, tensor in layer.items() if not any(name in names for names in MLPS)}
 
 
 def _each(prefix: str, experts: Sequence[Mlp], gate: str, up: str, down: str) -> dict[str, Expression]:
@@ -117,6 +140,10 @@ def deepseek(experts: Experts) -> dict[str, Expression]:
     bias = Filled("F32", (len(experts.routed),))
     shared = _mlp("mlp.shared_experts", experts.shared)
     return {**qwen(experts), "mlp.gate.e_score_correction_bias": bias, **shared}
+
+
+def deepseek_v1(experts: Experts) -> dict[str, Expression]:
+    return {**qwen(experts), **_mlp("mlp.shared_experts", experts.shared)}
 
 
 def qwen3_5(experts: Experts) -> dict[str, Expression]:

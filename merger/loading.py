@@ -45,7 +45,7 @@ def load(
         remedy = "A recipe with `method: lora` and `base` makes a model of it."
         raise UnsupportedModel("is an adapter, not a model", where=checkpoint.label, remedy=remedy)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    config, tokenizer = _config_and_tokenizer(checkpoint)
+    config, tokenizer = config_and_tokenizer(checkpoint)
     config.update(dict(changes or {}))
     with torch.device("meta"):  # only its class is wanted: the Auto classes take no tensors in memory
         of_kind: Any = type(getattr(transformers, kind).from_config(config, trust_remote_code=False))
@@ -64,10 +64,14 @@ def load(
     return Loaded(model.eval().to(place), tokenizer, place)
 
 
-def _config_and_tokenizer(checkpoint: Checkpoint) -> tuple[Any, Any]:
+def config_and_tokenizer(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """What transformers makes of a checkpoint's side files (no tokenizer: None). Raises UnsupportedModel."""
     with tempfile.TemporaryDirectory() as folder:
         for name, path in checkpoint.side_files.items():
-            (Path(folder) / name).symlink_to(path.resolve())
+            if name not in checkpoint.texts:
+                (Path(folder) / name).symlink_to(path.resolve())
+        for name, text in checkpoint.texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         (Path(folder) / "config.json").write_text(json.dumps(dict(checkpoint.config or {})))
         never_code = {"local_files_only": True, "trust_remote_code": False}
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merger.decomposition import dot
-from merger.delta_kernels import CHUNK, PAD, SIGN, Arrays, keys_of, load_deltas, store
+from merger.delta_kernels import CHUNK, PAD, SIGN, Inputs, keys_of, load_deltas, store
 from merger.kernels import CODES, ITEMSIZE, Bytes, bits_of, compiled
 from merger.noise import philox
 
@@ -135,10 +135,10 @@ def _sum_kept(inputs: Any, count: Any, first: Any, mask: Any, squares: Any, tota
 
 
 def sum_kept(
-    inputs: Arrays, count: int, first: int, mask: Any, totals: NDArray[np.float64], *, squares: bool = False
+    inputs: Inputs, count: int, first: int, mask: Any, totals: NDArray[np.float64], *, squares: bool = False
 ) -> None:
     """Add the sums of magnitudes, of all and of those that the mask keeps (or of their squares), to `totals` [k, 2]."""
-    _sum_kept(inputs, count, first, mask, squares, totals)
+    _sum_kept(inputs.kernel, count, first, mask, squares, totals)
 
 
 @compiled
@@ -155,10 +155,10 @@ def _list_by_variance(inputs: Any, count: Any, first: Any, bound: Any, kept: Any
             kept[start + i] = key > bound[0] or (key == bound[0] and first + start + i <= bound[1])
 
 
-def list_by_variance(inputs: Arrays, count: int, first: int, bound: Sequence[int]) -> NDArray[np.bool_]:
+def list_by_variance(inputs: Inputs, count: int, first: int, bound: Sequence[int]) -> NDArray[np.bool_]:
     """The elements whose variance over the models reaches a bound, a key and an index."""
     kept = np.empty(count, np.bool_)
-    _list_by_variance(inputs, count, first, np.array(bound, np.int64), kept)
+    _list_by_variance(inputs.kernel, count, first, np.array(bound, np.int64), kept)
     return kept
 
 
@@ -231,13 +231,13 @@ def _list_by_rank(inputs: Any, rows: Any, width: Any, first: Any, random_keys: A
 
 
 def list_by_rank(
-    inputs: Arrays, rows: int, width: int, first: int, keys: NDArray[np.uint64], spans: NDArray[np.float64]
+    inputs: Inputs, rows: int, width: int, first: int, keys: NDArray[np.uint64], spans: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
     """A mask [k, rows * width]: an element is kept with a probability that grows with its rank in its row, from
     `spans[k, 0]` for the smallest magnitude to `spans[k, 1]` for the largest. `first` is the first element's index.
     """
     kept = np.empty((len(keys), rows * width), np.bool_)
-    _list_by_rank(inputs, rows, width, first, keys, spans, kept)
+    _list_by_rank(inputs.kernel, rows, width, first, keys, spans, kept)
     return kept
 
 
@@ -325,7 +325,7 @@ def _mix(
 
 
 def mix(
-    inputs: Arrays,
+    inputs: Inputs,
     first: int,
     mask: Any,
     factors: NDArray[np.float32],
@@ -343,7 +343,7 @@ def mix(
     """
     size = ITEMSIZE[out_dtype]
     _mix(
-        inputs,
+        inputs.kernel,
         out.size // size,
         first,
         mask,

@@ -1,130 +1,18 @@
-"""mergekit's configurations as data. Knows their fields, what a reference says and what a setting comes to; knows no
-rules, no models and no files.
+"""mergekit's configurations as data: their fields, and what a reference says. Knows no rules, no models and no files.
 
-The fields are those of mergekit 0.1.5 (`mergekit/config.py`). Unknown keys, which it
-ignores, are errors here.
+The fields are those of mergekit 0.1.5 (`mergekit/config.py`). Unknown keys, which it ignores, are errors here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from merger.dtypes import FROM_TORCH
-from merger.errors import RecipeError
-
-Scalar = bool | int | float | str
-T = TypeVar("T")
-
-
-class Part(BaseModel):
-    """A mapping of a configuration."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-# ---- settings -----------------------------------------------------------------------------------------
-
-
-class Conditional(Part):
-    """A value for the tensors whose names contain `filter`; for all without one."""
-
-    value: Annotated[
-        Union[Annotated[Scalar, Tag("scalar")], Annotated[list[Scalar], Field(min_length=1), Tag("gradient")]],
-        Discriminator(lambda value: "gradient" if isinstance(value, list) else "scalar"),
-    ]
-    filter: str | None = None
-
-    def holds(self, name: str) -> bool:
-        """Whether it speaks of a tensor of this name."""
-        return self.filter is None or self.filter == "*" or self.filter in name
-
-
-def _kind_of_setting(value: Any) -> str:
-    if isinstance(value, list):
-        return "conditions" if any(isinstance(part, Mapping | Conditional) for part in value) else "gradient"
-    return "condition" if isinstance(value, Mapping | Conditional) else "scalar"
-
-
-Setting = Annotated[
-    Union[
-        Annotated[Scalar, Tag("scalar")],
-        Annotated[list[Scalar], Field(min_length=1), Tag("gradient")],
-        Annotated[Conditional, Tag("condition")],
-        Annotated[list[Conditional], Tag("conditions")],
-    ],
-    Discriminator(_kind_of_setting),
-]
-Parameters = dict[str, Setting]
-
-
-def scalars_of(setting: Any) -> Iterator[Scalar]:
-    """All single values in a setting."""
-    match setting:
-        case list():
-            for part in setting:
-                yield from scalars_of(part)
-        case Conditional():
-            yield from scalars_of(setting.value)
-        case _:
-            yield setting
-
-
-def evaluate(setting: Any, name: str, t: float, checked: Callable[[Scalar], T]) -> T | None:
-    """What a setting comes to for a tensor of this name at `t`, from 0 to 1; None where no filter speaks of it.
-
-    The first filter that the name contains counts. Numbers of a gradient lie at equal distances, with lines between
-    them; of others one is picked. `checked` makes the parameter's kind of a scalar, and raises ValueError.
-    """
-    match setting:
-        case list() if any(isinstance(part, Conditional) for part in setting):
-            chosen = next((part for part in setting if part.holds(name)), None)
-            return None if chosen is None else evaluate(chosen.value, name, t, checked)
-        case Conditional():
-            return evaluate([setting], name, t, checked)
-        case list():
-            return _along([checked(value) for value in setting], t, checked)
-    return checked(setting)
-
-
-def _along(values: list[T], t: float, checked: Callable[[Any], T]) -> T:
-    place = t * (len(values) - 1)
-    low = int(place)
-    a, b = values[low], values[min(len(values) - 1, low + 1)]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return a
-    share = place - low
-    return checked((1 - share) * a + share * b)  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Settings, and the field of the configuration in which they stand; `where` is empty for the configuration."""
-
-    where: str
-    settings: Mapping[str, Any]
-
-    def field(self, name: str) -> str:
-        """The path of a parameter."""
-        return f"{self.where}{'.' if self.where else ''}parameters.{name}"
-
-
-def evaluated(scopes: Iterable[Scope], parameter: str, name: str, t: float, checked: Callable[[Scalar], T]) -> T | None:
-    """What a parameter comes to for a tensor: by the first of the scopes that says something of it; None where none
-    does. Raises RecipeError with the field's path.
-    """
-    for scope in scopes:
-        if parameter in scope.settings:
-            try:
-                found = evaluate(scope.settings[parameter], name, t, checked)
-            except ValueError as error:
-                raise RecipeError(f"{error} (for {name!r})", where=scope.field(parameter)) from error
-            if found is not None:
-                return found
-    return None
-
+from merger.mergekit_settings import Conditional, Parameters, Part
+from merger.vocabulary_settings import ModelToken, TokenizerSettings, TokenSettings
 
 # ---- references ---------------------------------------------------------------------------------------
 
@@ -236,51 +124,6 @@ class Module(Made):
         return self
 
 
-class ModelToken(Part):
-    """The embedding of a token of a model, by its text or its id."""
-
-    kind: Literal["model_token"] = "model_token"
-    model: Ref
-    token: str | None = None
-    token_id: int | None = None
-
-
-class ZeroToken(Part):
-    """An embedding of zeros."""
-
-    kind: Literal["zero"] = "zero"
-
-
-def _kind_of_token(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return str(kind) if kind in ("model_token", "zero") else "reference"
-
-
-class Token(Part):
-    """Where the embedding of a token comes from."""
-
-    source: (
-        Annotated[
-            Union[
-                Annotated[Ref, Tag("reference")],
-                Annotated[ModelToken, Tag("model_token")],
-                Annotated[ZeroToken, Tag("zero")],
-            ],
-            Discriminator(_kind_of_token),
-        ]
-        | None
-    ) = None
-    force: bool = False
-
-
-class Tokenizer(Part):
-    """The vocabulary of the result."""
-
-    source: Ref = Field(default="union", description="union, base, or a model.")
-    tokens: dict[str, Token] | None = Field(default=None, description="Where embeddings of tokens come from.")
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Rows are added up to it.")
-
-
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -293,7 +136,7 @@ class Configuration(Made):
     dtype: Dtype | None = Field(default=None, description="The dtype of the result, unless out_dtype is given.")
     out_dtype: Dtype | None = Field(default=None, description="The dtype of the result.")
     tokenizer_source: Ref | None = Field(default=None, description="union, base, or a model.")
-    tokenizer: Tokenizer | None = Field(default=None, description="The vocabulary of the result.")
+    tokenizer: TokenizerSettings | None = Field(default=None, description="The vocabulary of the result.")
     chat_template: str | None = Field(default=None, description="auto, a name, or a Jinja template.")
     name: str | None = Field(default=None, min_length=1, description="What other configurations of the file call it.")
 
@@ -321,6 +164,14 @@ class Configuration(Made):
         return FROM_TORCH[asked] if asked else None
 
     @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """What is asked for of the result's tokens; None where they stay as they are."""
+        if self.tokenizer_source:
+            source = self.tokenizer_source
+            return TokenizerSettings(source=source if isinstance(source, str) else source.model_dump())
+        return self.tokenizer
+
+    @property
     def made(self) -> dict[str, "Made"]:
         """What is made, by the path of its field: the whole (an empty path), or every module."""
         return {f"modules.{name}": part for name, part in self.modules.items()} if self.modules else {"": self}
@@ -341,16 +192,16 @@ def references(config: Configuration) -> Iterator[tuple[str, str | Model]]:
         yield "base_model", config.base_model
 
 
-_FIELDS: tuple[tuple[str, type[Part]], ...] = (
+_FIELDS: tuple[tuple[str, type[BaseModel]], ...] = (
     (r"parameters\.[^.\[]+(\[\d+\])?$", Conditional),
     (r"model\.(model|lora)$|lora$", Path),
     (r"(model|base_model|tokenizer_source)$", Model),
     (r"sources\[\d+\]$", InputSlice),
     (r"slices\[\d+\]$", OutputSlice),
     (r"models\[\d+\]$", InputModel),
-    (r"tokens\.[^.]+$", Token),
+    (r"tokens\.[^.]+$", TokenSettings),
     (r"tokens\.[^.]+\.source$", ModelToken),
-    (r"tokenizer$", Tokenizer),
+    (r"tokenizer$", TokenizerSettings),
     (r"modules\.[^.]+$", Module),
 )
 

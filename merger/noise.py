@@ -1,4 +1,4 @@
-"""Normal random numbers that depend on nothing but a key and an element's index.
+"""Random numbers, normal and uniform, that depend on nothing but a key and an element's index.
 
 Knows no tensors and no seeds. Philox-4x64-10 (Salmon et al., SC'11) gives 64 bits for each index, the inverse of the
 normal distribution function (Wichura, AS 241, 1988) makes a number of them. Both use only operations that IEEE 754
@@ -35,6 +35,13 @@ def normal(key: Key, start: int, count: int) -> Bytes:
     return out.view(np.uint8)
 
 
+def uniform(key: Key, start: int, count: int) -> Bytes:
+    """Numbers `start` to `start + count` of a key, uniform between -1 and 1 (neither is reached): float64, as bytes."""
+    out = np.empty(count, np.float64)
+    _fill_uniform(np.uint64(key[0]), np.uint64(key[1]), np.uint64(start), out)
+    return out.view(np.uint8)
+
+
 def choose(key: Key, share: float, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """A random choice of exactly floor(share * count) of `count`, as a mask: those with the smallest numbers."""
     numbers = normal(key, 0, count).view(np.float64)
@@ -55,6 +62,14 @@ def _fill_normal(key_0: Any, key_1: Any, start: Any, out: Any) -> None:
             lane = 0
             block += uint64(1)
             numbers = philox(block, key_0, key_1)
+
+
+@compiled
+def _fill_uniform(key_0: Any, key_1: Any, start: Any, out: Any) -> None:
+    for i in range(out.size):
+        index = start + uint64(i)
+        bits = philox(index // uint64(4), key_0, key_1)[np.int64(index % uint64(4))]
+        out[i] = 2.0 * ((np.float64(bits >> uint64(11)) + 0.5) * 2.0**-53) - 1.0
 
 
 @intrinsic

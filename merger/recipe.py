@@ -26,7 +26,9 @@ from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
 from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
+from merger.quantized import dequantized
 from merger.recycling import Recycling
 from merger.sources import LocalSources
 from merger.tokenizer import difference
@@ -165,28 +167,39 @@ def _apply(content: dict[str, Any], change: str) -> None:
     path, equals, value = change.partition("=")
     if not equals:
         raise RecipeError("must look like field=value", where=f"--set {change}")
-    *parents, last = path.split(".")
+    *parents, last = _steps(path)
     place: Any = content
-    for key in parents:
-        place = _inside(place, key)
-    if not isinstance(place, dict):
+    for step in parents:
+        place = _inside(place, step)
+    if not _leads_on(place, last):
         raise RecipeError("does not lead to a field", where=f"--set {change}")
     place[last] = yaml.safe_load(value)
 
 
-def _inside(place: Any, key: str) -> Any:
-    """What a step of a path such as `slices[0]` leads to; None where it leads nowhere. Mappings are made."""
-    match = re.fullmatch(r"([^\[\]]+)((?:\[\d+\])*)", key)
-    if not match or not isinstance(place, dict):
-        return None
-    place = place.setdefault(match[1], {})
-    for number in map(int, re.findall(r"\d+", match[2])):
-        place = place[number] if isinstance(place, list) and number < len(place) else None
-    return place
+def _steps(path: str) -> list[str | int]:
+    """`models[1].weight` as models, 1, weight."""
+    return [
+        int(step[1:-1]) if re.fullmatch(r"\[\d+\]", step) else step
+        for key in path.split(".")
+        for step in (re.findall(r"^[^\[\]]+|\[\d+\]", key) if re.fullmatch(r"[^\[\]]+(\[\d+\])+", key) else [key])
+    ]
+
+
+def _inside(place: Any, step: str | int) -> Any:
+    """What a step leads to, None where it leads nowhere. Mappings are made, lists are not."""
+    if isinstance(step, str):
+        return place.setdefault(step, {}) if isinstance(place, dict) else None
+    return place[step] if _leads_on(place, step) else None
+
+
+def _leads_on(place: Any, step: str | int) -> bool:
+    return isinstance(place, dict) if isinstance(step, str) else isinstance(place, list) and step < len(place)
 
 
 def make_document(content: Mapping[str, Any]) -> Document:
     """The document of plain data. Raises RecipeError with the field's path."""
+    if "method" not in content and isinstance(content.get("experts"), list):
+        content = {"method": "moe", **content}  # a file of mergekit-moe
     if not {"method", "merge_method"} & content.keys():
         keys = [str(key) for key in content]
         close = difflib.get_close_matches("method", keys, 1) or difflib.get_close_matches("merge_method", keys, 1)
@@ -218,7 +231,7 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
     """The first mistake, an unknown key before all others, as one sentence with the field's path."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "unknown_method"))
     detail = details[0]
-    path, holder = _path_of(detail["loc"], content)
+    path, holder, recipe = _path_of(detail["loc"], content)
     where = ".".join(part for part in (root, path) if part)
     remedy = f"`output` has the fields {', '.join(Output.model_fields)}." if root == "output" else ""
     if detail["type"] == "unknown_method":
@@ -227,29 +240,32 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
             f"{name!r} is no method{_suggest(name, METHODS)}", where=_join(where, "method"), remedy=_METHODS_REMEDY
         )
     if detail["type"] == "extra_forbidden":
-        known = _fields_of(holder, root, path)
+        known = _fields_of(holder, recipe, root, path)
         return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where, remedy=remedy)
     message = detail["msg"].removeprefix("Value error, ")
     return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe", remedy=remedy)
 
 
-def _path_of(location: Sequence[str | int], content: Any) -> tuple[str, Any]:
-    """The path as it stands in the document, without pydantic's tags, and what holds its last field."""
-    path, holder = "", content
+def _path_of(location: Sequence[str | int], content: Any) -> tuple[str, Any, Any]:
+    """The path as it stands in the document, without pydantic's tags, what holds its last field, and the recipe or
+    configuration in which that is.
+    """
+    path, holder, recipe = "", content, content
     for i, key in enumerate(location):
         last = i == len(location) - 1
         if isinstance(content, Mapping) and (key in content or last):
+            recipe = content if {"method", "merge_method"} & content.keys() else recipe
             path, holder, content = _join(path, str(key)), content, content.get(key)
         elif isinstance(content, list) and isinstance(key, int) and key < len(content):
             path, content = f"{path}[{key}]", content[key]
-    return path, holder
+    return path, holder, recipe
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _fields_of(holder: Any, root: str, path: str) -> list[str]:
+def _fields_of(holder: Any, recipe: Any, root: str, path: str) -> list[str]:
     """The fields that the mapping at fault may have."""
     if root == "output" or not isinstance(holder, Mapping):
         return list(Output.model_fields)
@@ -257,14 +273,12 @@ def _fields_of(holder: Any, root: str, path: str) -> list[str]:
         return list((Baklava if {"checkpoints", "data"} & holder.keys() else Recycling).model_fields)
     if "task" in holder:
         return list(TASKS[holder["task"]].model_fields)
-    if "merge_method" in holder or _MERGEKIT.search(path):
+    if "merge_method" in recipe:
         return [*mergekit_config.fields_of(path.rpartition(".")[0]), *([*BESIDE] if "merge_method" in holder else [])]
+    if "source_model" in holder:
+        return list(Expert.model_fields)
     kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
     return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-# Where a part of a mergekit configuration is: all of its mappings but the outermost.
-_MERGEKIT = re.compile(r"(^|\.)(models\[\d+\]|slices\[\d+\]|modules|parameters|tokenizer|base_model|config)\.")
 
 
 def _suggest(name: object, known: Any) -> str:
@@ -290,7 +304,7 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
         config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
         checkpoint = replace(checkpoint, config=config)
     if document.output.dtype:
-        checkpoint = in_dtype(checkpoint, FROM_TORCH[document.output.dtype])
+        checkpoint = in_dtype(dequantized(checkpoint), FROM_TORCH[document.output.dtype])
     return with_license_files(checkpoint)
 
 

@@ -12,16 +12,29 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from merger.alignment import orders
 from merger.apart import requests
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, NotEnoughMemory, NotInstalled, SourceError, UnsupportedModel
-from merger.evaluation import Classification, Evaluation, Harness, Measured, Preferences, Score, Text
+from merger.evaluation import (
+    Alignment,
+    Classification,
+    Evaluation,
+    Harness,
+    Measured,
+    Preferences,
+    Prompts,
+    Score,
+    Text,
+)
+from merger.gating import from_embeddings, from_hidden_states
+from merger.given import as_text
 from merger.host import free_memory
 from merger.loading import Loaded, load
 from merger.methods.method import Method, Sources, open_source
@@ -251,12 +264,36 @@ def score(
     along: Sequence[Checkpoint] = (),
 ) -> Score:
     """What an evaluation says of a checkpoint, with the slopes of its loss along others. Raises RequestError."""
+    if isinstance(evaluation, Alignment):
+        return _compared(checkpoint, along[0], say)
+    if isinstance(evaluation, Prompts):
+        return _placed(checkpoint, evaluation, say)
     kind = _KINDS[getattr(evaluation, "task")]  # noqa: B009
     _check_memory(checkpoint, 3 if along else 1)
     loaded = load(checkpoint, kind, evaluation.dtype, evaluation.device)
     loaded.model.requires_grad_(bool(along))
     found = _score(evaluation, loaded, say)
     return replace(found, slopes=tuple(_slope(loaded, other, kind, evaluation) / sum(found.sizes) for other in along))
+
+
+def _compared(checkpoint: Checkpoint, first: Checkpoint, say: Say) -> Score:
+    """Which expert of a mixture goes to which place of another's."""
+    found = tuple(tuple(order) for order in orders(checkpoint, first, say))
+    moved = float(sum(expert != place for order in found for place, expert in enumerate(order)))
+    return Score({"moved": moved}, "experts", (moved,), (1.0,), orders=found)
+
+
+def _placed(checkpoint: Checkpoint, evaluation: Prompts, say: Say) -> Score:
+    """The rows of routers that prompts ask for."""
+    if evaluation.mode == "cheap_embed":
+        rows = from_embeddings(checkpoint, evaluation)
+    else:
+        _check_memory(checkpoint, 1)
+        rows = from_hidden_states(
+            load(checkpoint, _KINDS["text"], evaluation.dtype, evaluation.device), evaluation, say
+        )
+    count = float(rows.shape[1])
+    return Score({"rows": count}, "rows", (count,), (1.0,), rows=as_text(rows))
 
 
 def _score(evaluation: Measured, loaded: Loaded, say: Say) -> Score:
@@ -299,7 +336,9 @@ def _check_memory(checkpoint: Checkpoint, models: int) -> None:
         )
 
 
-_EVALUATION: TypeAdapter[Measured] = TypeAdapter(Evaluation)
+_EVALUATION: TypeAdapter[Measured] = TypeAdapter(
+    Annotated[Evaluation | Prompts | Alignment, Field(discriminator="task")]
+)
 
 
 def _answers(requests: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,9 @@ from merger.drawn import Noise
 from merger.dtypes import DTYPES
 from merger.errors import UnsupportedModel
 from merger.expression import MARGIN, ByteRange, Expression, Fetch, Filled, Joined, Stored, WeightedSum, join
+from merger.given import Given
 from merger.kernels import Bytes
+from merger.scaled import Scaled
 from merger.whole import Part, Whole
 
 
@@ -100,8 +102,13 @@ def rows(whole: Expression, first: int, last: int) -> Expression:
             made = replace(whole, shape=shape, of=of) if isinstance(of, Stored) else of
         case Filled():
             made = replace(whole, shape=shape)
+        case Scaled():
+            top = whole.top + first * row // shape[-1]
+            made = replace(whole, shape=shape, of=rows(whole.of, first, last), top=top)
         case Noise():
             made = replace(whole, shape=shape, first=whole.first + first * row)
+        case Given():
+            made = whole.rows(first, last)
         case WeightedSum():
             terms = tuple((weight, rows(term, first, last)) for weight, term in whole.terms)
             made = replace(whole, shape=shape, terms=terms)
@@ -136,6 +143,8 @@ def columns(whole: Expression, first: int, last: int) -> Expression:
             made = Columns(whole.dtype, shape, whole, first)
         case Columns():
             made = replace(whole, shape=shape, first=whole.first + first)
+        case Scaled():
+            made = replace(whole, shape=shape, of=columns(whole.of, first, last), left=whole.left + first)
         case Filled():
             made = replace(whole, shape=shape)
         case WeightedSum():

@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-from merger.delta_kernels import arrays, swap
+from merger.delta_kernels import Inputs, swap
 from merger.expression import ByteRange, Expression, Fetch, Measure, Stored
 from merger.kernels import Bytes, count_non_finite
 
@@ -45,7 +45,7 @@ class Swapped(Expression):
 
     def write(self, start: int, stop: int, fetch: Fetch, out: Bytes) -> int:
         pair = (self.base, self.other)
-        inputs = arrays([tensor.values(start, stop, fetch) for tensor in pair], [tensor.dtype for tensor in pair])
+        inputs = Inputs([tensor.values(start, stop, fetch) for tensor in pair], [tensor.dtype for tensor in pair])
         swap(inputs, self.t, out, self.dtype)
         return count_non_finite(out, self.dtype)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.delta_kernels import arrays, collect_keys, count_keys
+from merger.delta_kernels import Inputs, collect_keys, count_keys
 from merger.expression import Evaluate
 
 BLOCK = 1 << 18  # elements that are looked at at once
@@ -72,7 +72,7 @@ def _histogram(
             total += part
             part[:] = 0
         stop = min(start + BLOCK, tensors.size)
-        inputs = arrays(tensors.evaluate(start, stop), tensors.dtypes)
+        inputs = Inputs(tensors.evaluate(start, stop), tensors.dtypes)
         count_keys(inputs, stop - start, by_variance, low, shift, part)
     return total + part
 
@@ -105,7 +105,7 @@ def _collected(
     filled = np.zeros(len(low), np.int64)
     for start in range(0, tensors.size, BLOCK):
         stop = min(start + BLOCK, tensors.size)
-        inputs = arrays(tensors.evaluate(start, stop), tensors.dtypes)
+        inputs = Inputs(tensors.evaluate(start, stop), tensors.dtypes)
         collect_keys(inputs, stop - start, start, by_variance, low, high, keys, places, filled)
     return keys, places, filled
 
@@ -127,7 +127,7 @@ def _counted(tensors: Tensors, row: int, rows: int, by_variance: bool, low: NDAr
     keys, places = np.empty((rows, BLOCK), np.uint32), np.empty((rows, BLOCK), np.int64)
     for start in range(0, tensors.size, BLOCK):
         stop, filled = min(start + BLOCK, tensors.size), np.zeros(rows, np.int64)
-        inputs = arrays(tensors.evaluate(start, stop), tensors.dtypes)
+        inputs = Inputs(tensors.evaluate(start, stop), tensors.dtypes)
         collect_keys(inputs, stop - start, start, by_variance, low, high, keys, places, filled)
         if filled[row] >= rank:
             return Bound(key, int(places[row, rank - 1]))

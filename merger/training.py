@@ -21,7 +21,7 @@ from merger.apart import requests
 from merger.checkpoint import Checkpoint
 from merger.errors import MergerError, SourceError
 from merger.loading import Loaded, load
-from merger.methods.method import Member
+from merger.methods.method import open_source
 from merger.reach import reach_of
 from merger.rows import rows_of
 from merger.sources import sources_within
@@ -63,6 +63,8 @@ def train(
         loaded.model.save_pretrained(place)
         for path in bodies[0][0].side_files.values():
             (place / path.name).write_bytes(path.read_bytes())
+        for name, text in bodies[0][0].texts.items():
+            (place / name).write_text(text, encoding="utf-8")
 
     states.finish(save)
 
@@ -222,8 +224,8 @@ def _serve(request: Mapping[str, Any]) -> dict[str, Any]:
     stage = Stage(**{**request["stage"], **lists})
     sources = sources_within(reach_of(request["reach"]))
     try:
-        bodies = [(sources.open(Member(body, None)), weight) for body, weight in request["bodies"]]
-        head = sources.open(Member(request["head"], None)) if request["head"] else None
+        bodies = [(open_source(sources, body), weight) for body, weight in request["bodies"]]
+        head = open_source(sources, request["head"]) if request["head"] else None
         train(stage, bodies, head, Path(request["folder"]), request["key"], _tell, request["keep_seconds"])
     except MergerError as error:
         told = {"message": error.message, "where": error.where, "remedy": error.remedy}

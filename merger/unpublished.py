@@ -43,6 +43,9 @@ def link_result(plan: Plan, folder: Path, place: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     link_weights(written(plan, folder), place)
     for name, path in plan.checkpoint.side_files.items():
-        (place / name).symlink_to(path.resolve())
+        if name not in plan.checkpoint.texts:
+            (place / name).symlink_to(path.resolve())
+    for name, text in plan.checkpoint.texts.items():
+        (place / name).write_text(text, encoding="utf-8")
     (place / "config.json").write_text(json.dumps(dict(plan.checkpoint.config or {})))
     return place

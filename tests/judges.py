@@ -1,7 +1,18 @@
-"""Judges that make up what they are asked for."""
+"""Judges that make up what they are asked for, and one that measures in the process of the test."""
 
 from merger.evaluation import Score
-from merger.methods.method import Judge
+from merger.methods.method import Judge, open_source
+from merger.sources import LocalSources
+
+
+class Here(Judge):
+    """Measures here, and remembers nothing."""
+
+    def score(self, candidate, evaluation, key=None, along=()):
+        from merger.scoring import score  # imports torch
+
+        opened = [open_source(LocalSources(), model) for model in (candidate, *along)]
+        return score(opened[0], evaluation, along=opened[1:])
 
 
 class Table(Judge):

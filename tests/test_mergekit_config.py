@@ -10,8 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from merger.checkpoint import Checkpoint
 from merger.errors import RecipeError
 from merger.expression import Filled
-from merger.mergekit_config import Configuration, Model, Reference, Setting, evaluate, reference_of
+from merger.mergekit_config import Configuration, Model, Reference, reference_of
 from merger.mergekit_files import combined, result_of
+from merger.mergekit_settings import Setting, evaluate
 from merger.methods.rules import Parameter
 from merger.methods.settings import check, checker_of, numbers_of
 from merger.methods.slices import layout_of

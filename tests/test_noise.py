@@ -2,26 +2,29 @@
 
 import math
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.noise import choose, key_of, normal
+from merger.noise import choose, key_of, normal, uniform
 
 KEY = key_of(7, "model.layers.0.mlp.gate.weight")
 NUMBERS = normal(KEY, 0, 1 << 20).view(np.float64)
 
 
-def expected(key: tuple[int, int], start: int, count: int) -> list[float]:
+NORMAL = statistics.NormalDist().inv_cdf
+
+
+def expected(key: tuple[int, int], start: int, count: int, inverse: Callable[[float], float] = NORMAL) -> list[float]:
     """The same from numpy's generator and the standard library's distribution."""
     first = start // 4
     words = (first - 1) % (1 << 256)  # numpy counts up before it draws
     counter = np.array([(words >> (64 * i)) & (2**64 - 1) for i in range(4)], np.uint64)
     generator = np.random.Philox(key=np.array(key, np.uint64), counter=counter)
     bits = generator.random_raw(4 * (count // 4 + 2))[start % 4 :][:count]
-    inverse = statistics.NormalDist().inv_cdf
     return [inverse((float(word >> np.uint64(11)) + 0.5) * 2.0**-53) for word in bits]
 
 
@@ -29,6 +32,13 @@ def expected(key: tuple[int, int], start: int, count: int) -> list[float]:
 def test_numbers_are_those_of_philox_through_the_inverse_distribution(start: int) -> None:
     made = normal(KEY, start, 500).view(np.float64)
     np.testing.assert_allclose(made, expected(KEY, start, 500), rtol=2e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("start", [0, 3, 1001])
+def test_uniform_numbers_lie_between_minus_one_and_one(start: int) -> None:
+    made = uniform(KEY, start, 500).view(np.float64)
+    assert np.array_equal(made, expected(KEY, start, 500, lambda share: 2 * share - 1))
+    assert -1 < made.min() < -0.95 < 0.95 < made.max() < 1
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))

@@ -54,10 +54,18 @@ def test_fields_are_changed_from_outside():
     assert (document.output.dtype, document.output.path) == ("float16", "a: b")
 
 
-@pytest.mark.parametrize("change", ["k", "k.more=1"])
+def test_changes_reach_into_lists():
+    text = "merge_method: linear\nmodels: [{model: x}, {model: y, parameters: {weight: [1, 2]}}]\n"
+    changes = ["models[1].parameters.weight[0]=3", "models[0].parameters.weight=0.5"]
+    config = parse_document(text, [*changes, "dtype=float16"]).dump()["config"]
+    assert [model["parameters"]["weight"] for model in config["models"]] == [0.5, [3, 2]]
+    assert config["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("change", ["k", "k.more=1", "k[0]=1", "checkpoints[1]=y", "checkpoints[0].x=y"])
 def test_changes_that_lead_nowhere_are_refused(change):
     with pytest.raises(RecipeError, match="--set"):
-        parse_document("method: lawa\ncheckpoints: x\nk: 3\n", [change])
+        parse_document("method: lawa\ncheckpoints: [x]\nk: 3\n", [change])
 
 
 @pytest.mark.parametrize(

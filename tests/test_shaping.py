@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from merger.drawn import Redrawn, noise, redrawn
 from merger.errors import UnsupportedModel
 from merger.expression import Expression, File, Filled, Identical, Stored, cast, combine, join, scaled
-from merger.noise import key_of, normal
+from merger.given import given as given_values
+from merger.noise import key_of, normal, uniform
 from merger.shaping import columns, rows, transposed
 
 ROWS, WIDTH, OFFSET = 12, 10, 24
@@ -39,6 +40,7 @@ mean = combine([(0.5, a), (0.5, b)], "F32")
 MEAN = ((A.astype("f8") + B) / 2).astype("f4")
 drawn = noise((ROWS, WIDTH), KEY)
 NORMAL = normal(KEY, 0, ROWS * WIDTH).view("f8").reshape(ROWS, WIDTH)
+UNIFORM = uniform(KEY, 0, ROWS * WIDTH).view("f8").reshape(ROWS, WIDTH)
 
 CASES: dict[str, tuple[Expression, np.ndarray]] = {
     "rows": (rows(a, 3, 7), A[3:7]),
@@ -57,6 +59,8 @@ CASES: dict[str, tuple[Expression, np.ndarray]] = {
     "columns of joined": (columns(join([a, b], (2 * ROWS, WIDTH)), 1, 3), np.concatenate([A, B])[:, 1:3]),
     "transposed joined": (transposed(join([a, b], (2 * ROWS, WIDTH))), np.concatenate([A, B]).T),
     "sum": (mean, MEAN),
+    "rows of what is given": (rows(given_values(A), 3, 7), A[3:7]),
+    "rows of uniform noise": (rows(noise((ROWS, WIDTH), KEY, "uniform"), 3, 7), UNIFORM[3:7]),
     "rows of a sum": (rows(mean, 3, 7), MEAN[3:7]),
     "columns of a sum": (columns(mean, 2, 5), MEAN[:, 2:5]),
     "transposed sum": (transposed(mean), MEAN.T),

@@ -1,4 +1,4 @@
-"""Tensors that are made as a whole: the same bytes however the work is done, memory, scratch, failures, nesting."""
+"""Tensors made as a whole: the same bytes however the work is done, memory, scratch files, failures, nesting."""
 
 import threading
 from dataclasses import dataclass, replace

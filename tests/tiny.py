@@ -78,12 +78,14 @@ def save(folder: Path, kind: str, dtype: str = "float32", seed: int = 0, **confi
     return folder
 
 
-def byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with one token a byte, 0 to 255 in the order of GPT-2's letters for them (`tokens_of`)."""
+def byte_tokenizer(folder: Path, **special: str) -> None:
+    """A tokenizer with one token a byte, 0 to 255 in the order of GPT-2's letters for them (`tokens_of`), and special
+    ones from 256 on (`bos_token="<s>"`).
+    """
     made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(_LETTERS)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
 _LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())

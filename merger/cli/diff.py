@@ -9,7 +9,7 @@ import click
 from merger.checkpoint import Checkpoint
 from merger.cli.terminal import as_json, token
 from merger.difference import Distance, by_layer, measure, pairs_of
-from merger.methods.method import Member
+from merger.methods.method import open_source
 from merger.sources import LocalSources
 
 
@@ -26,7 +26,7 @@ def command(a: str, b: str, picture: Path | None, tensors: bool, as_json: bool) 
     Each is a folder, a safetensors file, or hf://org/name, which is downloaded.
     """
     sources = LocalSources()
-    first, other = sources.open(Member(a, None)), sources.open(Member(b, None))
+    first, other = open_source(sources, a), open_source(sources, b)
     distances = measure(pairs_of(first, other))
     rows = distances if tensors else by_layer(distances)
     total = sum(distances.values(), Distance())

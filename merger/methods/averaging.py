@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from merger.checkpoint import Checkpoint
 from merger.errors import RecipeError
+from merger.evaluation import Alignment, Measured
 from merger.methods import coefficients
+from merger.methods.alignment import AlignExperts
 from merger.methods.combination import weighted_sum
-from merger.methods.method import Checkpoints, Member, Method, Sources
+from merger.methods.method import Checkpoints, Choice, Means, Member, Method, Sources
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 SigmaRel = Annotated[float, Field(gt=0.005, lt=coefficients.MAX_SIGMA_REL)]
@@ -85,6 +87,10 @@ class Average(Averaging):
         default=None, alias="weights", description="One weight a checkpoint; uniform without."
     )
     normalize: bool = Field(default=True, description="Divide the weights by their sum.")
+    align_experts: bool = Field(
+        default=False,
+        description="Of mixtures that were trained apart: bring the experts of each into the first's order first.",
+    )
 
     paper: ClassVar[str] = "Model soups, arXiv 2203.05482"
     example: ClassVar[str] = (
@@ -92,6 +98,23 @@ class Average(Averaging):
         "weights: [0.5, 0.3, 0.2]\noutput: {path: out/average}"
     )
     is_ordered: ClassVar[bool] = False
+
+    def evaluations(self) -> tuple[Measured, ...]:
+        return (Alignment(),) if self.align_experts else ()
+
+    def chosen(self, means: Means) -> tuple[Method, tuple[Choice, ...]]:
+        if not self.align_experts:
+            return self, ()
+        first, *others = (member.origin for member in means.sources.members(self.checkpoints))
+        aligned = [AlignExperts(source=other, like=first).chosen(means)[0] for other in others]
+        return self.model_copy(update={"checkpoints": [first, *aligned], "align_experts": False}), ()
+
+    def build(self, sources: Sources) -> Checkpoint:
+        if not self.align_experts:
+            return super().build(sources)
+        first, *others = (member.origin for member in sources.members(self.checkpoints))
+        aligned = [AlignExperts(source=other, like=first) for other in others]
+        return self.model_copy(update={"checkpoints": [first, *aligned], "align_experts": False}).build(sources)
 
     def weights(self, steps: Sequence[int]) -> coefficients.Weights:
         given = self.weights_ if self.weights_ is not None else [1.0] * len(steps)

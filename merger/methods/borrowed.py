@@ -115,7 +115,7 @@ def borrowed(group: Group, method: str, copies: int) -> Expression:
 
 
 def nuslerp(group: Group) -> Expression:
-    """NuSLERP of two tensors along rows, or along columns with `nuslerp_row_wise`; from a base or none."""
+    """NuSLERP along rows, or along columns with `nuslerp_row_wise`, of two tensors, from a base or none."""
     return borrowed(group, "nuslerp", 3)
 
 

@@ -1,4 +1,4 @@
-"""The weighted sum of checkpoints: the one operation behind every average.
+"""Checkpoints combined tensor by tensor; their weighted sum, the one operation behind every average.
 
 Knows which checkpoints may be added; reads no weights.
 
@@ -9,6 +9,7 @@ normalisation come from the newest checkpoint, tied heads are told apart from mi
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from merger.architecture import (
     differences,
@@ -23,6 +24,7 @@ from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import DTYPES, Kind, promote
 from merger.errors import IncompatibleSources, UnsupportedModel
 from merger.expression import Expression, Identical, Stored, combine
+from merger.quantized import dequantized
 from merger.tokenizer import difference
 
 
@@ -33,12 +35,26 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
     """
     if len(checkpoints) == 1 and weights[0] == 1.0:
         return checkpoints[0]
+    return combined(checkpoints, weights, lambda _, floats: _sum(floats, weights))
+
+
+def combined(
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    merge: Callable[[str, Sequence[Expression]], Expression],
+) -> Checkpoint:
+    """The checkpoint whose floating tensors are what `merge` makes of a name and the tensors of that name; config and
+    side files come from the first. `weights` are what the report says of them.
+
+    Raises IncompatibleSources with the tensor or the config key at fault.
+    """
+    checkpoints = [dequantized(checkpoint) for checkpoint in checkpoints]
     check_models(checkpoints)
     check_vocabularies(checkpoints)
     checkpoints, notes = same_head(checkpoints)
     _check_names(checkpoints)
     first = checkpoints[0]
-    tensors = {name: merged(name, checkpoints, lambda floats: _sum(floats, weights)) for name in first.tensors}
+    tensors = {name: merged(name, checkpoints, partial(merge, name)) for name in first.tensors}
     parts: list[Part] = []
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         parts += [Part(part.source, weight * part.weight) for part in checkpoint.parts]
@@ -49,7 +65,7 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
         notes=_unique([*_all_notes(checkpoints), *notes, *_notes_on_tensors(checkpoints)]),
         warnings=_unique([*(w for c in checkpoints for w in c.warnings), *config_warnings(checkpoints)]),
         kin=tuple(kin for checkpoint in checkpoints for kin in checkpoint.kin),
-        origin=None,  # no surgery that one of them went through describes the sum
+        origin=None,  # no surgery that one of them went through describes what comes of them
         optimizer={},
         paragraphs=(),
     )
@@ -70,12 +86,6 @@ def check_models(checkpoints: Sequence[Checkpoint]) -> None:
                 "is an adapter: the mean of its factors A and B apart is not the mean of what they do",
                 where=checkpoint.label,
                 remedy="`method: lora` adds adapters, with `base` into a model.",
-            )
-        if checkpoint.config and "quantization_config" in checkpoint.config:
-            raise IncompatibleSources(
-                "is quantized: its stored numbers are not its weights",
-                where=checkpoint.label,
-                remedy="Dequantize it first, for example with transformers' `dequantize()` and `save_pretrained`.",
             )
     for other in checkpoints[1:]:
         kinds = [(checkpoint.config or {}).get("model_type") for checkpoint in (first, other)]

@@ -18,7 +18,7 @@ from merger.expression import Expression, Filled, combine, join, scaled
 from merger.families import Family, Sizes, family_for
 from merger.kernels import CODES
 from merger.layers import Layers, is_sparse, split
-from merger.layout import Experts, Mlp, head_size, split_fused
+from merger.layout import Experts, Mlp, head_size, mlp_of, split_fused, without_mlp
 from merger.methods.combination import weighted_sum
 from merger.methods.growth import grown
 from merger.methods.method import Method, Source, Sources, open_source
@@ -26,10 +26,6 @@ from merger.methods.optimizer import CARRY, Carry, Moments, carried
 from merger.noise import choose, key_of
 from merger.shaping import columns, rows
 
-_MLPS = (
-    ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
-    ("feed_forward.w1.weight", "feed_forward.w3.weight", "feed_forward.w2.weight"),
-)
 _NOT_TRAINED = ("e_score_correction_bias", "expert_bias", "layer_scalar")
 
 
@@ -189,7 +185,7 @@ class _Upcycling:
         result = replace(
             base,
             tensors=self._tensors(family, sparse, [model.tensors for model in self.models], base.tensors, 0),
-            config=self._config(family, sizes),
+            config=config_of(family, self.config, sizes),
             origin=Origin(base, claim, reason, tuple(range(len(sparse))), family.tolerance),
             optimizer=carried(recipe.optimizer, base, lambda moments: self._moments(family, sparse, moments)),
         )
@@ -271,14 +267,7 @@ class _Upcycling:
     # ---- tensors
 
     def _mlp(self, layer: Mapping[str, Expression]) -> Mlp:
-        for names in _MLPS:
-            if all(name in layer for name in names):
-                return Mlp(*(layer[name] for name in names))
-        if "mlp.gate_up_proj.weight" in layer:
-            return self._mlp(split_fused(layer, self.config))
-        raise UnsupportedModel(
-            f"has no gated MLP that merger knows among {', '.join(sorted(layer)[:6])}, ...", where=self.base.label
-        )
+        return mlp_of(layer, self.config, self.base.label)
 
     def _tensors(
         self,
@@ -298,8 +287,7 @@ class _Upcycling:
             if sparse[index]:
                 mlps = [self._mlp(model.tensors[index]) for model in split_models]
                 experts = self._experts(family, layers.named(index, ""), mlps, self._mlp(plain), power)
-                kept = {name: tensor for name, tensor in plain.items() if name not in {n for ns in _MLPS for n in ns}}
-                plain = {**kept, **family.layout(experts)}
+                plain = {**without_mlp(plain), **family.layout(experts)}
             result |= {layers.named(index, rest): tensor for rest, tensor in plain.items()}
         return result
 
@@ -370,20 +358,22 @@ class _Upcycling:
         repeated = [rows(drawn, e, e + 1) for e in range(copies) for _ in range(recipe.granularity)]
         return join(repeated, (recipe.count, size))
 
-    # ---- config and moments
-
-    def _config(self, family: Family, sizes: Sizes) -> dict[str, Any]:
-        config = made(family.kind, {**self.config, **family.fields(self.config, sizes)})
-        size, heads = self.config["hidden_size"], self.config["num_attention_heads"]
-        if "head_dim" not in config and head_size(self.config) != size // heads:
-            config["head_dim"] = head_size(self.config)  # read by the model though its config does not name it
-        kept = {key: self.config[key] for key in ("dtype", "mod") if key in self.config}
-        return {**config, "architectures": [family.architecture], **kept}
+    # ---- moments
 
     def _moments(self, family: Family, sparse: Sequence[bool], moments: Moments) -> dict[str, Expression]:
         made = self._tensors(family, sparse, [moments.tensors] * len(self.models), moments.tensors, moments.power)
         trained = {name: tensor for name, tensor in made.items() if not name.endswith(_NOT_TRAINED)}
         return {name: Filled(t.dtype, t.shape) if isinstance(t, Filled) else t for name, t in trained.items()}
+
+
+def config_of(family: Family, dense: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The config of a mixture of experts of this family, from the (full) one of the dense model."""
+    config = made(family.kind, {**dense, **family.fields(dense, sizes)})
+    size, heads = dense["hidden_size"], dense["num_attention_heads"]
+    if "head_dim" not in config and head_size(dense) != size // heads:
+        config["head_dim"] = head_size(dense)  # read by the model though its config does not name it
+    kept = {key: dense[key] for key in ("dtype", "mod") if key in dense}
+    return {**config, "architectures": [family.architecture], **kept}
 
 
 def _sign(power: int) -> int:

@@ -18,7 +18,7 @@ from merger.architecture import changes_function, differences
 from merger.checkpoint import Checkpoint, Kin
 from merger.errors import IncompatibleSources, NotInstalled, RecipeError, UnsupportedModel
 from merger.methods.combination import weighted_sum
-from merger.methods.method import Method, Source, Sources, open_source
+from merger.methods.method import Method, Source, Sources, open_all, open_source
 
 
 class Weighted(BaseModel):
@@ -57,8 +57,8 @@ def opened(
 ) -> tuple[list[Checkpoint], list[float]]:
     """The models that a pattern or a list names, and their weights (1 where none is given). Raises RequestError."""
     if isinstance(entries, str):
-        members = sources.members(entries)
-        return [sources.open(member) for member in members], [1.0] * len(members)
+        models = open_all(sources, entries)
+        return models, [1.0] * len(models)
     pairs = [(entry.source, entry.weight) if isinstance(entry, Weighted) else (entry, 1.0) for entry in entries]
     return [open_source(sources, source) for source, _ in pairs], [weight for _, weight in pairs]
 

@@ -10,6 +10,7 @@ from merger.errors import IncompatibleSources, UnsupportedModel
 from merger.expression import Expression, Identical, Stored, combine
 from merger.factors import product
 from merger.kernels import CODES
+from merger.quantized import dequantized
 
 Graft = tuple[float, Expression, Expression, bool]  # weight, B, A, whether it is of an embedding
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -31,9 +32,7 @@ def grafted(
     `copies` are what the adapters hold of their base: seen to be what this one holds. Raises IncompatibleSources with
     what the model does not have, UnsupportedModel.
     """
-    if (base.config or {}).get("quantization_config"):
-        remedy = "Name the base in the precision that it was quantized from, or dequantize it."
-        raise UnsupportedModel("is quantized: its stored numbers are not its weights", where=base.label, remedy=remedy)
+    base = dequantized(base)
     wanted = {**{f"{module}.weight": module for module in changes}, **{name: name for name in values}}
     model, places = _with_own_head(base, wanted)
     tensors = dict(model.tensors)

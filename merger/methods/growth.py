@@ -4,7 +4,6 @@ Knows which tensors have an entry an expert. The model computes what it did if a
 (arXiv 2604.19835 keeps their number instead, and trains).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,12 @@ from merger.errors import RecipeError, UnsupportedModel
 from merger.expression import Expression, join
 from merger.layers import Layers, split
 from merger.methods.optimizer import carried
+from merger.mixtures import BY_EXPERT, EXPERT, has_experts
 from merger.sizes import COUNTS, PER_TOKEN, number_of
 
 if TYPE_CHECKING:
     from merger.methods.experts import Upcycle
 
-_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
-# One row, matrix or number an expert.
-_BY_EXPERT = re.compile(
-    r"(^|\.)(gate|router\.layer|router\.proj|gate\.wg|router)\.(weight|bias)$"
-    r"|e_score_correction_bias$|expert_bias$|per_expert_scale$"
-    r"|experts\.(gate_up_proj|down_proj)(_bias)?$|block_sparse_moe\.(input|output)_linear\.weight$"
-)
 _ONLY_FOR_DENSE = ("experts_from", "expansion", "target", "drop", "noise", "shared_experts")
 
 
@@ -88,21 +81,20 @@ def _multiplied(
     layers, others = split(tensors, config, where)
     result = dict(others)
     for index, layer in enumerate(layers.tensors):
-        has_experts = any("experts" in name or "input_linear" in name for name in layer)
-        grown_layer = _multiplied_layer(layer, times) if has_experts else layer
+        grown_layer = _multiplied_layer(layer, times) if has_experts(layer) else layer
         result |= {layers.named(index, rest): tensor for rest, tensor in grown_layer.items()}
     return result
 
 
 def _multiplied_layer(layer: Mapping[str, Expression], times: int) -> dict[str, Expression]:
-    count = 1 + max((int(match[2]) for match in map(_EXPERT.match, layer) if match), default=-1)
+    count = 1 + max((int(match[2]) for match in map(EXPERT.match, layer) if match), default=-1)
     made: dict[str, Expression] = {}
     for name, tensor in layer.items():
-        match = _EXPERT.match(name)
+        match = EXPERT.match(name)
         if match:
             copies = (f"{match[1]}.{int(match[2]) + copy * count}.{match[3]}" for copy in range(times))
             made |= dict.fromkeys(copies, tensor)
-        elif _BY_EXPERT.search(name):
+        elif BY_EXPERT.search(name):
             made[name] = join([tensor] * times, _times(tensor.shape, times))
         else:
             made[name] = tensor

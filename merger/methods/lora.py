@@ -251,6 +251,24 @@ class Sum:
         return notes
 
 
+def with_adapter(model: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """The model with an adapter in it, as mergekit's `model+lora` means it: W + scale * B A, block by block; config,
+    tokenizer and other side files are the model's.
+
+    Raises UnsupportedModel for what is no plain LoRA adapter, IncompatibleSources with the adapter and the tensor where
+    it is one for another model.
+    """
+    if not adapter.is_adapter:
+        remedy = "In `model+lora` the part after the plus is a PEFT folder with an adapter_config.json."
+        raise UnsupportedModel("is a model, not an adapter", where=adapter.label, remedy=remedy)
+    try:
+        made = Sum([adapter_of(adapter)], [1.0], 1.0, "exact").in_base(model)
+    except IncompatibleSources as error:
+        where = f"{model.label}+{adapter.label}: {error.where}"
+        raise IncompatibleSources(error.message, where=where, remedy=error.remedy) from error
+    return made.named(f"{model.label}+{adapter.label}")
+
+
 def _shape(adapter: Adapter, module: str) -> tuple[int, int, bool]:
     change = adapter.changes[module]
     return change.b.shape[0], change.a.shape[1], change.is_embedding

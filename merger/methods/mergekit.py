@@ -1,36 +1,39 @@
 """mergekit's configurations as recipes: every tensor by the rule and the numbers that they say.
 
-Knows which tensors meet and what becomes of those that some models lack; the rules are in `merger.methods.merging`,
-layers in `merger.methods.slices`. Reads no weights.
+Knows models, configs and vocabularies; which layers meet is in `merger.methods.slices`, which tensors in
+`merger.methods.grouping`, what a setting comes to in `merger.methods.settings`. Reads no weights.
 
 Against mergekit 0.1.5 (`docs/mergekit.md`): models count in the order in which they are named, unknown keys are errors,
 inputs are not rounded to `dtype` before they are merged, tensors keep the names that they have on disk.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from merger.architecture import embedding_of, head_of, kept_in_float32, ties_embeddings, with_dtype, with_ties
+from merger.architecture import embedding_of, head_of, ties_embeddings, with_dtype, with_ties
+from merger.chat_templates import chosen_template, with_chat_template
 from merger.checkpoint import Checkpoint, Kin
-from merger.dtypes import TORCH_NAMES, promote
-from merger.errors import IncompatibleSources, RecipeError
-from merger.expression import Expression, cast
-from merger.mergekit_config import Configuration, Reference, reference_of, references
-from merger.methods.combination import check_models, check_vocabularies, config_warnings, merged, same_head
+from merger.dtypes import TORCH_NAMES
+from merger.errors import RecipeError
+from merger.expression import Expression
+from merger.mergekit_config import Configuration, Model, Reference, reference_of, references
+from merger.methods.combination import check_models, check_vocabularies, config_warnings, same_head
+from merger.methods.grouping import Merging
+from merger.methods.lora import with_adapter
 from merger.methods.merging import RULES
 from merger.methods.method import Method, Source, Sources, open_source
-from merger.methods.rules import Group, Parameter, Rule
-from merger.methods.settings import check, numbers_of, rule_of
-from merger.methods.slices import Layout, Region, Share, config_of, layout_of
+from merger.methods.rules import Parameter, Rule
+from merger.methods.settings import check, rule_of
+from merger.methods.slices import Layout, Region, config_of, layout_of
 from merger.storage.reference import SCHEME, looks_remote
 from merger.storage.reference import Reference as OnHub
+from merger.vocabularies import united
 
-TEXT = "mergekit_config.yml"
-_FEWEST_OF_STOCK = 3  # mergekit's model_stock takes no fewer, the base among them
+CONFIGURATION = "mergekit_config.yml"
 
 
 class Mergekit(Method):
@@ -64,19 +67,21 @@ class Mergekit(Method):
         check_models(list(given.values()))
         given = in_one_vocabulary(self.config, given)
         heads, notes = same_head(list(given.values()))
+        heads, more_notes = _without_copies_of_embeddings(heads)
         models = dict(zip(given, heads, strict=True))
         donor = models[reference_of(self.config.base_model)] if self.config.base_model else next(iter(models.values()))
         layout = layout_of(self.config, models, donor)
         _check_embeddings(layout, donor)
-        merging = _Merging(rule, self.config, donor, self.seed)
-        tensors, warnings = merging.tensors(layout)
+        tensors, warnings = Merging(rule, self.config, donor, self.seed).tensors(layout)
         parts = dict.fromkeys(part for model in models.values() for part in model.parts)
-        return replace(
+        made = replace(
             donor,
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
             parts=tuple(parts),
-            notes=tuple(dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes])),
+            notes=tuple(
+                dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes, *more_notes])
+            ),
             warnings=tuple(
                 dict.fromkeys(
                     [
@@ -87,12 +92,13 @@ class Mergekit(Method):
                 )
             ),
             kin=(*(kin for model in models.values() for kin in model.kin), *_kin(rule, layout)),
-            texts={**donor.texts, TEXT: "---\n".join(_as_text(document) for document in self._documents())},
+            texts={**donor.texts, CONFIGURATION: "---\n".join(_as_text(document) for document in self._documents())},
             label="",
             origin=None,
             optimizer={},
             paragraphs=(),
         )
+        return self._with_chat_template(made, given)
 
     def _opened(self, sources: Sources) -> dict[Reference, Checkpoint]:
         """The models in the order in which they are named, each once."""
@@ -111,6 +117,17 @@ class Mergekit(Method):
             config = with_dtype(config, TORCH_NAMES[self.config.result_dtype])
         has_own_head = head_of(tensors) is not None and not all(ties_embeddings(model.config) for model in models)
         return with_ties(config, False) if config and has_own_head and ties_embeddings(config) else config
+
+    def _with_chat_template(self, made: Checkpoint, models: Mapping[Reference, Checkpoint]) -> Checkpoint:
+        if self.config.chat_template is None:
+            return made
+        base = list(models).index(reference_of(self.config.base_model)) if self.config.base_model else None
+        template = chosen_template(self.config.chat_template, list(models.values()), base)
+        if template is None:
+            raise RecipeError(
+                "no model has a template to choose", where="chat_template", remedy="Leave it out, or write one."
+            )
+        return with_chat_template(made, template)
 
     def _documents(self) -> list[dict[str, Any]]:
         """The configuration as a mergekit file says it, those that it builds on first."""
@@ -157,11 +174,10 @@ def opened_reference(
 ) -> Checkpoint:
     """The model that a reference means: one of `merges` where it has that name. Raises RequestError."""
     if reference.lora:
-        raise RecipeError(
-            f"adapters in references do not work yet ({reference})",
-            where=where,
-            remedy="`method: lora` with `base` makes a model of one; say it under `merges` by a name of yours.",
-        )
+        alone = Reference(reference.path, reference.revision)
+        adapter = Reference(reference.lora, reference.lora_revision)
+        model = opened_reference(sources, alone, merges, where)
+        return with_adapter(model, opened_reference(sources, adapter, {}, where))
     if reference.path in merges and reference.revision is None:
         return open_source(sources, merges[reference.path])
     if reference.revision is None or reference.path.startswith(SCHEME):
@@ -173,13 +189,24 @@ def opened_reference(
 
 def in_one_vocabulary(config: Configuration, models: Mapping[Reference, Checkpoint]) -> dict[Reference, Checkpoint]:
     """The models with embeddings, heads and tokenizers of the vocabulary that a configuration asks for. Raises
-    RecipeError.
+    RequestError.
     """
-    for field in ("tokenizer", "tokenizer_source", "chat_template"):
-        if getattr(config, field) is not None:
-            remedy = "Without it the result has the tokenizer of the base, or of the first model."
-            raise RecipeError("does not work yet", where=field, remedy=remedy)
-    return dict(models)
+    settings, order = config.vocabulary, list(models)
+    if settings is None:
+        return dict(models)
+
+    def index_of(ref: str | dict[str, Any]) -> int:
+        reference = reference_of(ref if isinstance(ref, str) else Model.model_validate(ref))
+        if reference not in models:
+            names = ", ".join(map(str, order))
+            raise RecipeError(
+                f"{reference} is none of the models: {names}", where="tokenizer", remedy="Name one of them."
+            )
+        return order.index(reference)
+
+    base = order.index(reference_of(config.base_model)) if config.base_model else None
+    made, _ = united(list(models.values()), base, settings, index_of)
+    return dict(zip(order, made, strict=True))
 
 
 def _check_embeddings(layout: Layout, donor: Checkpoint) -> None:
@@ -197,120 +224,22 @@ def _warnings_on_configs(layout: Layout, donor: Checkpoint, models: Sequence[Che
     return warnings if not layout.layers else [text for text in warnings if "layer" not in text.partition(" is ")[0]]
 
 
+def _without_copies_of_embeddings(models: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
+    """Heads that all models tie are left out: with settings by name, head and embedding would come out different."""
+    head, embedding = head_of(models[0].tensors), embedding_of(models[0].tensors)
+    if head is None or embedding is None or not all(ties_embeddings(model.config) for model in models):
+        return models, []
+    kept = [{name: tensor for name, tensor in model.tensors.items() if name != head} for model in models]
+    made = [replace(model, tensors=tensors) for model, tensors in zip(models, kept, strict=True)]
+    return made, [f"{head} is left out: it is tied to {embedding} in every source"]
+
+
 def _kin(rule: Rule, layout: Layout) -> tuple[Kin, ...]:
-    """Models of which whole tensors meet under one name: their experts must stand in one order."""
-    whole = [region for region in layout.regions if len(region.shares) > 1 and not any(s.names for s in region.shares)]
-    return tuple(Kin(tuple(share.model for share in region.shares)) for region in whole) if rule.most != 1 else ()
+    """Models of which tensors of one name meet: their experts must stand in one order."""
+    meeting = [tuple(share.model for share in region.shares) for region in layout.regions if _meets(region)]
+    return tuple(Kin(models) for models in meeting) if rule.most != 1 else ()
 
 
-# ---- tensors ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Merging:
-    """How the tensors of a result are made."""
-
-    rule: Rule
-    config: Configuration
-    donor: Checkpoint
-    seed: int
-
-    def tensors(self, layout: Layout) -> tuple[dict[str, Expression], list[str]]:
-        """All tensors, and warnings about those that some models lack."""
-        made: dict[str, Expression] = {}
-        lacked: dict[str, str] = {}
-        for region in layout.regions:
-            for name in region.names():
-                having = [share for share in region.shares if name in share.model.tensors]
-                if len(having) < len(region.shares):
-                    lacked[name] = next(s.model.label for s in region.shares if name not in s.model.tensors)
-                tensor = self._tensor(name, region, having)
-                if tensor is not None:
-                    made[name] = tensor
-        return made, _lacked_warnings(lacked, made)
-
-    def _tensor(self, name: str, region: Region, having: Sequence[Share]) -> Expression | None:
-        """The tensor of a name, None where there are too few to make one. Raises RequestError."""
-        goes_through = self._alone(region, having)
-        if goes_through is None:
-            return None
-        shares = goes_through or having
-        checkpoints = [share.model for share in shares]
-        if goes_through:
-            return merged(name, checkpoints, lambda tensors: cast(tensors[0], self._dtypes(name, tensors)[1]))
-        self._check_having(name, region, having)
-        return merged(name, checkpoints, lambda tensors: self._made(name, region, shares, tensors))
-
-    def _alone(self, region: Region, having: Sequence[Share]) -> Sequence[Share] | None:
-        """The one that goes through as it is, of tensors that some models lack; nobody where they are to be merged,
-        None where nothing comes of them.
-        """
-        bases = [share for share in having if share.is_base]
-        if len(having) == len(region.shares):
-            return ()
-        if self.rule.absent == "single" and len(having) == 1:
-            return having
-        if self.rule.absent == "base" and having == bases:
-            return having
-        if self.rule.absent == "stock" and len(having) < _FEWEST_OF_STOCK:
-            return bases or None
-        return ()
-
-    def _check_having(self, name: str, region: Region, having: Sequence[Share]) -> None:
-        has_base = any(share.is_base for share in having)
-        if len(having) == len(region.shares):
-            return
-        lacking = next(share.model.label for share in region.shares if name not in share.model.tensors)
-        if region.has_base and self.rule.base != "ignored" and not has_base:
-            raise IncompatibleSources(f"is missing in the base {lacking}", where=f"tensor {name!r}")
-        try:
-            self.rule.check_count(len(having) - (has_base and self.rule.base != "ignored"), has_base)
-        except ValueError as error:
-            raise IncompatibleSources(f"is missing in {lacking}: {error}", where=f"tensor {name!r}") from error
-
-    def _dtypes(self, name: str, tensors: Sequence[Expression]) -> tuple[str, str]:
-        """The dtype that mergekit would compute in, and the result's."""
-        found = promote(frozenset(tensor.dtype for tensor in tensors))
-        if found == "F32" and kept_in_float32(name, self.donor.config):
-            return found, found
-        work = {torch: ours for ours, torch in TORCH_NAMES.items()}.get(self.config.dtype or "", found)
-        return work, self.config.result_dtype or work
-
-    def _made(self, name: str, region: Region, shares: Sequence[Share], tensors: Sequence[Expression]) -> Expression:
-        t = region.depth(name)
-        is_apart = self.rule.base != "ignored"
-        base = next((x for share, x in zip(shares, tensors, strict=True) if share.is_base and is_apart), None)
-        merging = [(s, x) for s, x in zip(shares, tensors, strict=True) if not (s.is_base and is_apart)]
-        numbers = [self._numbers(region, share, name, t) for share, _ in merging]
-        work, dtype = self._dtypes(name, tensors)
-        group = Group(
-            name=name,
-            tensors=tuple(tensor for _, tensor in merging),
-            base=base,
-            shared=numbers_of(self.rule.shared, region.scopes, name, t, ""),
-            each={key: tuple(found[key] for found in numbers) for key in self.rule.each},
-            dtype=dtype,
-            work_dtype=work,
-            seed=self.seed,
-        )
-        try:
-            return self.rule.make(group)
-        except ValueError as error:
-            raise RecipeError(str(error), where=f"tensor {name!r}", remedy="Change the numbers for it.") from error
-
-    def _numbers(self, region: Region, share: Share, name: str, t: float) -> Mapping[str, Any]:
-        scopes = (share.scope, *region.scopes)
-        return numbers_of(self.rule.each, scopes, share.own_name(name), t, f" of {share.model.label}")
-
-
-def _lacked_warnings(lacked: Mapping[str, str], made: Mapping[str, Expression]) -> list[str]:
-    """What is said of tensors that some models lack: the first of them, by the kind of what came of it."""
-    warnings = []
-    for verb, names in (
-        ("made without it", [name for name in lacked if name in made]),
-        ("left out", [name for name in lacked if name not in made]),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
-            warnings.append(f"{names[0]} is missing in {lacked[names[0]]} and {verb}{more}")
-    return warnings
+def _meets(region: Region) -> bool:
+    stays = all(new == old for share in region.shares for new, old in share.names.items())
+    return stays and len(region.shares) > 1

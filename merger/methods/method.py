@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from merger.checkpoint import Checkpoint
 from merger.evaluation import Measured, Score
+from merger.quantized import dequantized
 from merger.stages import Training
 
 
@@ -281,6 +282,13 @@ Checkpoints = Annotated[
 
 
 def open_source(sources: Sources, source: "str | Method") -> Checkpoint:
-    """The one checkpoint that a reference or a recipe names. Raises RequestError."""
+    """The one checkpoint that a reference or a recipe names, in weights that can be computed with: dequantized where it
+    is quantized. Raises RequestError.
+    """
     [member] = sources.members([source])
-    return sources.open(member)
+    return dequantized(sources.open(member))
+
+
+def open_all(sources: Sources, checkpoints: "str | Sequence[str | Method]") -> list[Checkpoint]:
+    """The checkpoints that a pattern or a list names, dequantized like that. Raises RequestError."""
+    return [dequantized(sources.open(member)) for member in sources.members(checkpoints)]

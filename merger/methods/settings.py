@@ -9,18 +9,8 @@ from functools import cache
 from typing import Any
 
 from merger.errors import RecipeError
-from merger.mergekit_config import (
-    Configuration,
-    Model,
-    Module,
-    Reference,
-    Scalar,
-    Scope,
-    evaluated,
-    reference_of,
-    references,
-    scalars_of,
-)
+from merger.mergekit_config import Configuration, Model, Module, Reference, reference_of, references
+from merger.mergekit_settings import Scalar, Scope, evaluated, scalars_of
 from merger.methods.merging import RULES
 from merger.methods.rules import Parameter, Rule, Value
 

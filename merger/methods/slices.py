@@ -19,7 +19,8 @@ from merger.layers import (
     per_layer_lists_joined,
     with_layers,
 )
-from merger.mergekit_config import Configuration, InputModel, OutputSlice, Reference, Scope, reference_of
+from merger.mergekit_config import Configuration, InputModel, OutputSlice, Reference, reference_of
+from merger.mergekit_settings import Scope
 from merger.methods.settings import suggestion, with_base
 from merger.modules import WHOLE, Anatomy, anatomy_of, called, modules_of, place_of, section_of, stacks_of
 
@@ -310,6 +311,9 @@ def config_of(layout: Layout, donor: Checkpoint) -> Mapping[str, Any] | None:
     config: Mapping[str, Any] = resolved(donor.config, donor.label)
     for module, laid in layout.layers.items():
         key = section_of(config, module)
+        if key is None and module not in (WHOLE, "text_decoder"):
+            reason = f"its config does not tell the layers of {module} by themselves: they can be merged, not moved"
+            raise UnsupportedModel(reason, where=donor.label)
         section = config if key is None else config[key]
         changed = _with_layers(section, module, laid, donor)
         config = changed if key is None else {**config, key: changed}

@@ -14,7 +14,7 @@ from merger.checkpoint import Checkpoint
 from merger.errors import RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import Chooser, Harness, Measured
 from merger.methods.fine_tunes import check_function, sum_of_fine_tunes
-from merger.methods.method import Checkpoints, Choice, Means, Method, Source, Sources, open_source
+from merger.methods.method import Checkpoints, Choice, Means, Method, Source, Sources, open_all, open_source
 from merger.methods.selection import greedy, learned
 from merger.recycling import Recycling
 from merger.stages import Training
@@ -101,7 +101,7 @@ class Soup(Selecting):
     )
 
     def build(self, sources: Sources) -> Checkpoint:
-        return self.mean([sources.open(member) for member in sources.members(self.models)])
+        return self.mean(open_all(sources, self.models))
 
 
 class Ratatouille(Selecting):
@@ -152,10 +152,10 @@ class Ratatouille(Selecting):
         if self.training:
             check_training(self.training, sources)
             return base.noting(f"{self.training.runs} targets will be trained from it first, and averaged")
-        auxiliary = [sources.open(member) for member in sources.members(self.auxiliary)] if self.auxiliary else []
+        auxiliary = open_all(sources, self.auxiliary) if self.auxiliary else []
         for model in auxiliary:
             check_function(base, model)
-        return self.mean([sources.open(member) for member in sources.members(self.targets)], base)
+        return self.mean(open_all(sources, self.targets), base)
 
 
 def check_training(training: Training, sources: Sources) -> None:
@@ -205,7 +205,7 @@ class Warm(Selecting):
     def build(self, sources: Sources) -> Checkpoint:
         if self.training:
             return self._supervised(self.training, sources)
-        models = [sources.open(member) for member in sources.members(self.models)]
+        models = open_all(sources, self.models)
         for model in models:
             if not any(_REWARD_HEAD.search(name) for name in model.tensors):
                 raise UnsupportedModel(
@@ -218,7 +218,7 @@ class Warm(Selecting):
     def _supervised(self, training: Baklava, sources: Sources) -> Checkpoint:
         """The last checkpoint of the supervised run, seen to be of one run with the others."""
         check_training(training, sources)
-        pool = [sources.open(member) for member in sources.members(training.checkpoints)]
+        pool = open_all(sources, training.checkpoints)
         sum_of_fine_tunes(pool, [1.0 / len(pool)] * len(pool))
         used = min(len(pool), training.runs)
         note = f"{training.runs} reward models will be trained first, from {used} checkpoints, and averaged"

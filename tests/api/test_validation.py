@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from api.settings import Settings
 from api.validation import validate
@@ -24,3 +25,19 @@ def test_object_stores_are_used_below_their_roots_alone(bucket: Bucket, tmp_path
         with pytest.raises(SourceError, match="may use") as caught:
             validate({**recipe, "checkpoints": wrong}, settings)
         assert caught.value.remedy == f"It may use what is below {bucket.url('models/')}."
+
+
+def test_a_file_of_several_mergekit_configurations(tmp_path: Path) -> None:
+    """It travels as text or as plain data, and what is kept of it plans the same again."""
+    for name in "ab":
+        write_model(tmp_path / name, {"x": np.ones(8, np.float32)}, {"model_type": "llama"})
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1}} for name in "ab"]
+    first = {"name": "half", "merge_method": "linear", "models": models}
+    last = {"merge_method": "passthrough", "models": [{"model": "half"}], "output": {"path": "out"}}
+    settings = Settings(output_roots=(tmp_path,), working_folder=tmp_path, source_roots=(tmp_path,))
+    found = validate(yaml.safe_dump_all([first, last]), settings)
+    assert found.plan["tensors"] == 1
+    assert validate(found.content, settings).plan["fingerprint"] == found.plan["fingerprint"]
+    outside = yaml.safe_dump({**first, "base_model": "/somewhere/else", "output": {"path": "out"}})
+    with pytest.raises(SourceError, match="outside"):
+        validate(outside, settings)

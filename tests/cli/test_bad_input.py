@@ -197,13 +197,55 @@ def test_configs_that_differ_when_strict(models):
         ("method: lawa\ncheckpoints: a\noutput: {pth: out}\n", ["output.pth", "did you mean 'path'"]),
         ("method: lawa\ncheckpoints: a\noutput: {path: out, shard_size: big}\n", ["output.shard_size", "5GB"]),
         ("method: average\ncheckpoints: [a, b]\n", ["output.path: is missing", "-o"]),
-        ("merge_method: linear\nmodels: []\n", ["mergekit"]),
+        ("merge_methd: linear\nmodels: []\n", ["method: is missing", "'merge_methd'", "did you mean 'merge_method'"]),
         ("- a\n- b\n", ["recipe.yaml", "not a mapping"]),
         ("method: [\n", ["recipe.yaml", "is not YAML"]),
     ],
 )
 def test_recipes_that_are_not_well_formed(models, recipe, says):
     refused(models, *says, recipe=recipe)
+
+
+AB = "models: [{model: a}, {model: b}]\nparameters: {weight: 1}\noutput: {path: out}\n"
+
+
+@pytest.mark.parametrize(
+    ("configuration", "says"),
+    [
+        (f"merge_method: lineer\n{AB}", ["merge_method: 'lineer' is no merge method", "did you mean 'linear'"]),
+        (f"merge_method: linear\ndtypo: float16\n{AB}", ["dtypo: is not a field", "did you mean 'dtype'"]),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b, parameters: {wieght: 1}}]\n",
+            ["models[1].parameters.wieght: is no parameter of linear", "did you mean 'weight'"],
+        ),
+        (
+            "merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n",
+            ["models: passthrough merges exactly 1 models, not 2"],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]\noutput: {path: out}\n",
+            ["models[0].parameters.weight: is missing for 'model.embed_tokens.weight'"],
+        ),
+        (f"name: one\nmerge_method: linear\n{AB}---\nmerge_method: linear\n{AB}", ["'one' is not used"]),
+    ],
+)
+def test_mergekit_configurations_that_cannot_run(models, configuration, says):
+    refused(models, *says, recipe=configuration)
+
+
+def test_layers_that_are_not_there(tmp_path, llama_run):
+    for name in "ab":
+        shutil.copytree(llama_run() / "step-300", tmp_path / name)
+    sources = [{"model": "a", "layer_range": [0, 1]}, {"model": "b", "layer_range": [2, 3]}]
+    recipe = {
+        "merge_method": "linear",
+        "slices": [{"sources": sources}],
+        "parameters": {"weight": 1},
+        "output": {"path": "x"},
+    }
+    refused(tmp_path, "slices[0].sources[1].layer_range: [2, 3] exceeds the 2 layers of b", recipe=recipe)
+    sources[1]["layer_range"] = [0, 2]
+    refused(tmp_path, "slices[0].sources[1].layer_range: [0, 2] has 2 layers, and sources[0] has 1", recipe=recipe)
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
@@ -333,3 +375,17 @@ def test_an_adapter_that_is_a_pickle(models):
     write_adapter(models, "x")
     (write_adapter(models, "y") / "adapter_model.safetensors").rename(models / "y" / "adapter_model.bin")
     refused(models, "y/adapter_model.bin: is a pickle", "save_pretrained", recipe=LORA)
+
+
+# ---- files of mergekit-moe ----------------------------------------------------------------------------
+
+
+def test_a_file_of_mergekit_moe_without_prompts_or_with_an_unknown_key(models):
+    expert = {"source_model": "a", "positive_prompts": ["x"]}
+    recipe = {"base_model": "a", "experts": [expert, {"source_model": "b"}], "output": {"path": "out"}}
+    refused(models, "experts[1].positive_prompts: is missing", "`random` needs none", recipe=recipe)
+    refused(models, "gate_mod: is not a field; did you mean 'gate_mode'?", recipe={**recipe, "gate_mod": "random"})
+    recipe = {**recipe, "experts": [expert, {**expert, "negative_prompt": ["y"]}]}
+    says = "experts[1].negative_prompt: is not a field; did you mean 'negative_prompts'?"
+    refused(models, says, recipe=recipe)
+    refused(models, "base_model: field required", recipe={"experts": [expert, expert], "output": {"path": "out"}})

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from merger.assessment import assess
+from merger.checkpoint import open_checkpoint
 from merger.errors import FormatError, IncompatibleSources, PickledWeights, RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import Score, Text
+from merger.methods.lora import with_adapter
 from merger.methods.method import Judge
+from merger.values import values
 from tests import adapters, tiny
+from tests.checkpoints import as_float64
 from tests.methods.making import make, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -569,3 +573,37 @@ def test_bases_of_other_names_are_a_note(sets, tmp_path):
     odd = adapters.configure(shutil.copytree(found[1], tmp_path / "odd"), base_model_name_or_path="org/other")
     notes = plan(recipe([found[0], odd], [1.0, 1.0])).checkpoint.notes
     assert any("name their base differently" in note for note in notes)
+
+
+# ---- model+lora ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alike", "rslora", "embeddings", "gpt2", "saved"])
+def test_a_model_with_an_adapter_is_what_peft_makes_of_them(sets, name):
+    base, [found, *_] = sets(name)
+    made = with_adapter(open_checkpoint(base), open_checkpoint(found))
+    assert made.label == f"{base}+{found}"
+    assert [part.source.reference for part in made.parts] == [str(found), str(base)]
+    peft = adapters.load(base, found).merge_and_unload().state_dict()
+    whole = {key: value.double().numpy() for key, value in peft.items()}
+    for key, tensor, content in values(made):
+        computed = as_float64(content.tobytes(), tensor.dtype).reshape(tensor.shape)
+        wanted = whole.get(key, whole.get(f"transformer.{key}"))
+        np.testing.assert_allclose(computed, wanted, rtol=1e-5, atol=2e-6, err_msg=key)
+
+
+def test_an_adapter_for_a_model_of_another_size_is_refused_in_the_plan(sets, tmp_path):
+    _, [found, *_] = sets("alike")
+    other = tiny.save(tmp_path / "other", "llama", hidden_size=64, tie_word_embeddings=False)
+    with pytest.raises(IncompatibleSources, match="has the shape") as caught:
+        with_adapter(open_checkpoint(other), open_checkpoint(found))
+    assert str(found) in caught.value.where
+    assert "model.layers" in caught.value.where
+
+
+def test_what_is_no_adapter_is_refused_behind_a_plus(sets):
+    base, [found, *_] = sets("alike")
+    with pytest.raises(UnsupportedModel, match="not an adapter"):
+        with_adapter(open_checkpoint(base), open_checkpoint(base))
+    with pytest.raises(UnsupportedModel, match="is an adapter, not a model"):
+        with_adapter(open_checkpoint(found), open_checkpoint(found))

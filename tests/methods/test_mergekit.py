@@ -11,6 +11,7 @@ import yaml
 from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
 from merger.methods.merging import RULES
 from merger.recipe import parse_document
+from merger.run import Options, plan_of
 from tests import tiny
 from tests.methods.making import make, plan
 from tests.peer import merge
@@ -350,6 +351,47 @@ def save_vision(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tiny.stored(folder)
 
 
+def test_modules_of_an_encoder_and_decoder(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    for seed, name in enumerate("xy"):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+            T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / name)
+    x, y = (tiny.stored(tmp_path / name) for name in "xy")
+    two = [{"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in (("x", 1), ("y", 3))]
+    layers = {"sources": [{"model": str(tmp_path / "y"), "layer_range": [0, 2]}]}
+    modules = {"encoder": {"slices": [layers]}, "decoder": {"models": two}, "shared": {"models": two}}
+    content = {"merge_method": "linear", "modules": modules, "parameters": {"weight": 1}}
+    make(content, tmp_path / "out")
+    made = tiny.stored(tmp_path / "out")
+    assert made.keys() == x.keys()
+    for name, tensor in made.items():
+        expected = y[name] if name.startswith("encoder.") else (x[name] + 3 * y[name]) / 4
+        torch.testing.assert_close(tensor, expected, msg=name)
+    layers["sources"][0]["layer_range"] = [1, 2]
+    with pytest.raises(UnsupportedModel, match="merged, not moved"):
+        plan(content)
+
+
+def test_heads_that_are_stored_and_tied(tmp_path):
+    """Settings by name would give another head than the embedding, which the config says it is."""
+    from safetensors.torch import save_file
+
+    given = []
+    for name in "xy":
+        tensors = tiny.stored(tiny.save(tmp_path / name, "llama", seed=ord(name), tie_word_embeddings=True))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        given.append({"model": str(tmp_path / name), "parameters": {"weight": {"filter": "embed", "value": 0.7}}})
+    given[1]["parameters"] = {"weight": [{"filter": "lm_head", "value": 2}, {"value": 1}]}
+    outcome = make({"merge_method": "linear", "models": given, "parameters": {"weight": 1}}, tmp_path / "out")
+    assert all(check.passed for check in outcome.checks)
+    assert any("lm_head.weight is left out" in note for note in outcome.plan.checkpoint.notes)
+    tiny.load(tmp_path / "out")
+
+
 def test_a_tied_and_an_untied_model(tmp_path):
     """The result has a head of its own whichever comes first; mergekit's config would depend on chance."""
     for name, tied in (("x", True), ("y", False)):
@@ -388,6 +430,32 @@ def test_the_first_model_or_the_base_gives_config_and_tokenizer(tmp_path):
         assert made.config["rope_parameters"] == said["rope_parameters"]
         assert made.side_files["generation_config.json"].parent.name == name
         assert any("rope" in warning for warning in made.warnings)
+
+
+TEMPLATES = {"x": "{% for m in messages %}x {{ m.content }} {% endfor %}", "y": "{% for m in messages %}y{% endfor %}"}
+
+
+def test_a_chat_template(tmp_path):
+    """`auto` is the one that most have; what transformers reads in the result is what was asked for."""
+    from transformers import AutoTokenizer
+
+    for name in "xyz":
+        tiny.save(tmp_path / name, "llama", vocab_size=256)
+        tiny.byte_tokenizer(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.chat_template = TEMPLATES["x" if name == "x" else "y"]
+        tokenizer.save_pretrained(tmp_path / name)
+    told = json.loads((tmp_path / "z" / "tokenizer_config.json").read_text())  # as before transformers 4.50
+    (tmp_path / "z" / "chat_template.jinja").unlink()
+    (tmp_path / "z" / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": TEMPLATES["y"]}))
+    given = [{"model": str(tmp_path / name)} for name in "xyz"]
+    content = {"merge_method": "linear", "models": given, "parameters": {"weight": 1}}
+    own = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    for i, (asked, expected) in enumerate([("auto", TEMPLATES["y"]), (own, own), (None, TEMPLATES["x"])]):
+        make({**content, **({"chat_template": asked} if asked else {})}, tmp_path / str(i))
+        assert AutoTokenizer.from_pretrained(tmp_path / str(i)).chat_template == expected
+    with pytest.raises(RecipeError, match="chat_template: 'chatml' is no template"):
+        plan({**content, "chat_template": "chatml"})
 
 
 def test_recipes_and_configurations_nest(tmp_path, models):
@@ -438,6 +506,50 @@ def test_a_tensor_that_some_lack(tmp_path, models):
     assert any(name in warning and "lacking" in warning for warning in made.warnings)
     slices = [{"sources": [{"model": lacking, "layer_range": [0, 4]}]}]
     assert name not in plan({"merge_method": "passthrough", "slices": slices}).checkpoint.tensors
+
+
+AB = "models: [{model: a}, {model: b}]\nparameters: {weight: 1}\noutput: {path: out}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("merge_method: linear\nmodels: []\n", ["models: ", "at least 1 item"]),
+        ("merge_method: linear\n", ["exactly one of models, slices and modules"]),
+        (f"merge_method: linear\ndtype: float8\n{AB}", ["dtype: ", "'bfloat16'"]),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b, parameter: {weight: 1}}]\n",
+            ["models[1].parameter: is not a field", "did you mean 'parameters'"],
+        ),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a, layer_rang: [0, 1]}]}]\n",
+            ["slices[0].sources[0].layer_rang: is not a field", "did you mean 'layer_range'"],
+        ),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1, 2]}]}]\n",
+            ["slices[0].sources[0].layer_range: "],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: {filtr: x, value: 1}}\n",
+            ["parameters.weight.filtr: is not a field", "did you mean 'filter'"],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [[1, 2]]}\n",
+            ["parameters.weight", "must be a number, a truth or a text"],
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight:}\n",
+            ["parameters.weight", "must be a number, a truth or a text"],
+        ),
+        (f"merge_method: linear\nmerge_method: ties\n{AB}", ["the key 'merge_method' stands twice"]),
+        (f"merge_method: passthrough\n{AB}", ["parameters.weight: is no parameter of passthrough"]),
+    ],
+)
+def test_configurations_that_are_not_well_formed(text, says):
+    with pytest.raises(RecipeError) as caught:
+        plan_of(parse_document(text), Options())
+    for words in says:
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,28 @@ def test_data_outside_of_the_roots_and_tasks_that_run_code_are_refused(service: 
         answer = service.http.post("/v1/jobs", json={"recipe": content})
         assert answer.status_code == 422
         assert complaint in answer.text
+
+
+@pytest.mark.slow
+def test_routers_from_prompts_and_orders_of_experts_are_found_on_the_cluster(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file of mergekit-moe, and the average of its result with itself, as jobs and alone."""
+    experts = [
+        {"source_model": "m1", "positive_prompts": ["the best of times"], "negative_prompts": ["it was"]},
+        {"source_model": "m3", "positive_prompts": ["the worst of times"]},
+    ]
+    moe = {"base_model": "m0", "gate_mode": "hidden_avg", "experts": experts, "output": {"path": "moe"}}
+    pair = {"method": "average", "checkpoints": ["moe", "moe"], "align_experts": True, "output": {"path": "pair"}}
+    for content in (moe, pair):
+        ended = service.ended(service.submit(content), 240)
+        assert ended["state"] == "succeeded", ended["error"]
+    monkeypatch.chdir(service.folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run(make_document({**moe, "output": {"path": "moe-alone"}}), Options(), Silent())
+    files = [(service.folder / name / "model.safetensors").read_bytes() for name in ("moe", "moe-alone")]
+    assert files[0] == files[1]
+    averaged = json.loads((service.folder / "pair" / "merger.json").read_text())["recipe"]
+    assert averaged["checkpoints"][1]["orders"] == [[0, 1]] * 4
+    made, source = (tiny.stored(service.folder / name) for name in ("pair", "moe"))
+    assert all(torch.equal(made[name], source[name]) for name in source)

@@ -1,0 +1,130 @@
+"""Groups of tensors by a rule: which meet under one name, with which numbers, and what becomes of those that some
+models lack. Knows rules and regions; reads no weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merger.architecture import kept_in_float32
+from merger.checkpoint import Checkpoint
+from merger.dtypes import FROM_TORCH, promote
+from merger.errors import IncompatibleSources, RecipeError
+from merger.expression import Expression, cast
+from merger.mergekit_config import Configuration
+from merger.methods.combination import merged
+from merger.methods.rules import Group, Rule
+from merger.methods.settings import numbers_of
+from merger.methods.slices import Layout, Region, Share
+
+FEWEST_OF_STOCK = 3  # mergekit's model_stock takes no fewer, the base among them
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How the tensors of a result are made."""
+
+    rule: Rule
+    config: Configuration
+    donor: Checkpoint
+    seed: int
+
+    def tensors(self, layout: Layout) -> tuple[dict[str, Expression], list[str]]:
+        """All tensors, and warnings about those that some models lack."""
+        made: dict[str, Expression] = {}
+        lacked: dict[str, str] = {}
+        for region in layout.regions:
+            for name in region.names():
+                having = [share for share in region.shares if name in share.model.tensors]
+                if len(having) < len(region.shares):
+                    lacked[name] = next(s.model.label for s in region.shares if name not in s.model.tensors)
+                tensor = self._tensor(name, region, having)
+                if tensor is not None:
+                    made[name] = tensor
+        return made, _lacked_warnings(lacked, made)
+
+    def _tensor(self, name: str, region: Region, having: Sequence[Share]) -> Expression | None:
+        """The tensor of a name, None where there are too few to make one. Raises RequestError."""
+        goes_through = self._alone(region, having)
+        if goes_through is None:
+            return None
+        shares = goes_through or having
+        checkpoints = [share.model for share in shares]
+        if goes_through:
+            return merged(name, checkpoints, lambda tensors: cast(tensors[0], self._dtypes(name, tensors)[1]))
+        self._check_having(name, region, having)
+        return merged(name, checkpoints, lambda tensors: self._made(name, region, shares, tensors))
+
+    def _alone(self, region: Region, having: Sequence[Share]) -> Sequence[Share] | None:
+        """The one that goes through as it is, of tensors that some models lack; nobody where they are to be merged,
+        None where nothing comes of them.
+        """
+        bases = [share for share in having if share.is_base]
+        if len(having) == len(region.shares):
+            return ()
+        if self.rule.absent == "single" and len(having) == 1:
+            return having
+        if self.rule.absent == "base" and having == bases:
+            return having
+        if self.rule.absent == "stock" and len(having) < FEWEST_OF_STOCK:
+            return bases or None
+        return ()
+
+    def _check_having(self, name: str, region: Region, having: Sequence[Share]) -> None:
+        has_base = any(share.is_base for share in having)
+        if len(having) == len(region.shares):
+            return
+        lacking = next(share.model.label for share in region.shares if name not in share.model.tensors)
+        if region.has_base and self.rule.base != "ignored" and not has_base:
+            raise IncompatibleSources(f"is missing in the base {lacking}", where=f"tensor {name!r}")
+        try:
+            self.rule.check_count(len(having) - (has_base and self.rule.base != "ignored"), has_base)
+        except ValueError as error:
+            raise IncompatibleSources(f"is missing in {lacking}: {error}", where=f"tensor {name!r}") from error
+
+    def _dtypes(self, name: str, tensors: Sequence[Expression]) -> tuple[str, str]:
+        """The dtype that mergekit would compute in, and the result's."""
+        found = promote(frozenset(tensor.dtype for tensor in tensors))
+        if found == "F32" and kept_in_float32(name, self.donor.config):
+            return found, found
+        work = FROM_TORCH.get(self.config.dtype or "", found)
+        return work, self.config.result_dtype or work
+
+    def _made(self, name: str, region: Region, shares: Sequence[Share], tensors: Sequence[Expression]) -> Expression:
+        t = region.depth(name)
+        is_apart = self.rule.base != "ignored"
+        base = next((x for share, x in zip(shares, tensors, strict=True) if share.is_base and is_apart), None)
+        merging = [(s, x) for s, x in zip(shares, tensors, strict=True) if not (s.is_base and is_apart)]
+        numbers = [self._numbers(region, share, name, t) for share, _ in merging]
+        work, dtype = self._dtypes(name, tensors)
+        group = Group(
+            name=name,
+            tensors=tuple(tensor for _, tensor in merging),
+            base=base,
+            shared=numbers_of(self.rule.shared, region.scopes, name, t, ""),
+            each={key: tuple(found[key] for found in numbers) for key in self.rule.each},
+            dtype=dtype,
+            work_dtype=work,
+            seed=self.seed,
+        )
+        try:
+            return self.rule.make(group)
+        except ValueError as error:
+            raise RecipeError(str(error), where=f"tensor {name!r}", remedy="Change the numbers for it.") from error
+
+    def _numbers(self, region: Region, share: Share, name: str, t: float) -> Mapping[str, Any]:
+        scopes = (share.scope, *region.scopes)
+        return numbers_of(self.rule.each, scopes, share.own_name(name), t, f" of {share.model.label}")
+
+
+def _lacked_warnings(lacked: Mapping[str, str], made: Mapping[str, Expression]) -> list[str]:
+    """What is said of tensors that some models lack: the first of them, by the kind of what came of it."""
+    warnings = []
+    for verb, names in (
+        ("made without it", [name for name in lacked if name in made]),
+        ("left out", [name for name in lacked if name not in made]),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            warnings.append(f"{names[0]} is missing in {lacked[names[0]]} and {verb}{more}")
+    return warnings
