@@ -1,7 +1,7 @@
 """Everything that can be set about the service, from the environment. Knows names and defaults only."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cryptography.fernet import Fernet
 from pydantic import Field, SecretStr, field_validator
@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     cancel_seconds: float = Field(default=3.0, gt=0, description="How long a runner may take to stop by itself.")
     task_cpus: float = Field(default=1.0, gt=0, description="Processors of a shard's task.")
     task_memory: int = Field(default=1 << 30, gt=0, description="Bytes of buffers that a shard's task may use.")
+    task_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where a task decomposes matrices; with cuda it asks Ray for a GPU."
+    )
     runner_cpus: float = Field(default=0.25, gt=0, description="Processors that a runner reserves.")
     max_body: int = Field(default=4 << 20, gt=0, description="Bytes of the largest request.")
 

@@ -61,7 +61,7 @@ def validate(
     if destination:
         check_license(document, plan, destination)
         destination.check(plan)
-    size = TaskSize(settings.task_cpus, settings.task_memory)
+    size = TaskSize(settings.task_cpus, settings.task_memory, settings.task_device)
     requests = [request_for(plan, size)[0]]
     evaluations = evaluations_of(document)
     if any(isinstance(evaluation, Harness) and evaluation.include_path for evaluation in evaluations):
@@ -77,7 +77,7 @@ def validate(
     request = max(requests, key=lambda request: request.memory)
     if not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
-        check_disk(plan, output, 0)
+        check_disk(plan, output, 0, at_once=len(plan.shards))
     summary = {
         "fingerprint": plan.fingerprint,
         "shards": len(plan.shards),

@@ -11,7 +11,6 @@ from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
 from merger.host import processors
 from merger.plan import Plan
-from merger.spilling import check_room, device_of
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
@@ -41,15 +40,16 @@ class Allotment:
 def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, device: str = "auto") -> Allotment:
     """Divide `memory` bytes among `threads` (twice the processors without), with fewer threads where it is scarce.
 
-    A tensor that is made as a whole may take more, alone, where this machine has it.
+    A tensor that is made as a whole may take more, alone (`merger.spilling.check_room`).
 
-    Raises NotEnoughMemory with the number that would do, RequestError where `device` is cuda and there is none.
+    Raises NotEnoughMemory with the number that would do.
     """
     widest = max(
         (entry.expression for shard in plan.shards for entry in shard.entries),
         key=lambda tensor: tensor.memory(SMALLEST_PIECE),
     )
     least = widest.memory(SMALLEST_PIECE)
+    whole = max(memory, plan.wholes[0].cost) if plan.wholes else 0
     wanted = threads or 2 * processors()
     ahead = min(memory // 2, MOST_AHEAD) if plan.is_remote else 0
     for count in range(wanted, 0, -1):
@@ -59,21 +59,12 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, 
             block //= 2  # what a block needs is fetched as one
         if share - block >= least:
             buffer = min(share - block, max(least, widest.memory(block // widest.itemsize)))
-            return Allotment(count, block, buffer, ahead, _for_wholes(plan, memory, device), device)
+            return Allotment(count, block, buffer, ahead, whole, device)
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
         remedy=f"Allow at least --memory {-(-(LEAF + least) * (2 if ahead else 1) // 1024)}KiB.",
     )
-
-
-def _for_wholes(plan: Plan, memory: int, device: str) -> int:
-    """The memory for tensors that are made as a whole: all that is allowed, or as much as the dearest takes."""
-    if not plan.wholes:
-        return 0
-    dearest = plan.wholes[0]
-    check_room(dearest, device_of(device) if device == "cuda" else "cpu", memory)
-    return max(memory, dearest.cost)
 
 
 def _block(share: int, least: int) -> int:

@@ -45,10 +45,12 @@ def write_shards(
     cached: Collection[str] = (),
     on_bytes: OnBytes = lambda _: None,
     on_shard: OnShard = lambda _: None,
+    on_sign: Callable[[], None] = lambda: None,
 ) -> list[Receipt]:
     """Make the shards in the folder `output` (with its `.merger` folder) and return their receipts.
 
-    `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread. `execution` goes into the names
+    `on_bytes` is told of written bytes, `on_shard` of finished shards, from any thread; `on_sign` now and then that
+    work goes on on tensors that are made as a whole, before any byte is written. `execution` goes into the names
     of unfinished files, so that two executions of the same work do not write into one. Remote files are fetched range
     by range, ahead of the blocks that need them, but for those whose addresses are in `cached`.
 
@@ -58,7 +60,7 @@ def write_shards(
     receipts = []
     for part in _portions(shards):
         inputs = OpenFiles(read_again(part), cached)
-        workshop = Workshop(allotment.memory, allotment.threads, allotment.device, strict)
+        workshop = Workshop(allotment.memory, allotment.threads, allotment.device, strict, on_sign)
         with Scratch(output / FOLDER / f"{part[0].name}{execution}.scratch") as scratch:
             try:
                 download(remote_files(part, cached))

@@ -47,6 +47,7 @@ from merger.recipe import (
 )
 from merger.report import NONE, Figures, manifest, model_card, notices, page
 from merger.sources import LocalSources
+from merger.spilling import check_room, device_of
 from merger.storage.folder import read_json
 from merger.uploads import Uploads
 from merger.verify import MANIFEST, Check, check_ranks, check_written
@@ -122,6 +123,15 @@ def plan_of(document: Document, options: Options, sources: Sources | None = None
     return plan, allotment
 
 
+def check_machine(plan: Plan, options: Options) -> None:
+    """See that this machine can make the tensors that are made as a whole: that it has the GPU that is asked for, and
+    the memory. Raises NotInstalled, NotEnoughMemory and RequestError.
+    """
+    if plan.wholes:
+        device = device_of(options.device) if options.device == "cuda" else "cpu"
+        check_room(plan.wholes[0], device, options.memory)
+
+
 def _check_measurable(document: Document, checkpoint: Checkpoint) -> None:
     if document.evaluate and checkpoint.is_adapter:
         raise RecipeError(
@@ -195,6 +205,7 @@ def _run(
     destination: Destination | None,
 ) -> Outcome:
     plan, allotment = plan_of(document, options, means.sources)
+    check_machine(plan, options)
     if destination is None:
         return _make(document, evidence, options, progress, means, plan, allotment, output_of(document))
     check_license(document, plan, destination)

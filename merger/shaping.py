@@ -14,6 +14,7 @@ from merger.expression import MARGIN, ByteRange, Expression, Fetch, Filled, Join
 from merger.given import Given
 from merger.kernels import Bytes
 from merger.scaled import Scaled
+from merger.whole import Part, Whole
 
 
 @final
@@ -113,6 +114,8 @@ def rows(whole: Expression, first: int, last: int) -> Expression:
             made = replace(whole, shape=shape, terms=terms)
         case Joined() if all(part.shape[1:] == whole.shape[1:] for part in whole.parts):
             made = _rows_of_joined(whole, first, last, shape)
+        case Whole():
+            made = Part(whole.dtype, shape, whole, first * row)
         case _:
             _refuse(whole)
     return made

@@ -7,8 +7,8 @@ threads there are. What exceeds the memory that was allowed runs alone.
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,15 +37,20 @@ from merger.reader import OpenFiles, read
 from merger.storage.disk import page_aligned, round_up
 from merger.whole import AT_ONCE, Making, Tensors, Whole, wholes_in
 
+_SIGN = 10.0  # seconds between two signs that work goes on
+
 
 @dataclass(frozen=True)
 class Workshop:
-    """What the work may use: bytes of memory, threads, a device (`auto` is cuda where torch sees one)."""
+    """What the work may use: bytes of memory, threads, a device (`auto`: cuda where torch sees one). `on_sign` is told
+    now and then that work goes on.
+    """
 
     memory: int
     threads: int
     device: str = "auto"
     strict: bool = False
+    on_sign: Callable[[], None] = lambda: None
 
 
 def device_of(asked: str) -> str:
@@ -188,7 +193,8 @@ def _made(wholes: Sequence[Whole], inputs: OpenFiles, workshop: Workshop, scratc
             file.write(_values(whole, inputs, here, strict=workshop.strict), place)
 
     try:
-        _in_threads(make, wholes, places, 1 if device == "cuda" else min(workshop.threads, processors()))
+        threads = 1 if device == "cuda" else min(workshop.threads, processors())
+        _in_threads(make, wholes, places, threads, workshop.on_sign)
     except BaseException:
         file.abandon()
         raise
@@ -199,12 +205,23 @@ def _made(wholes: Sequence[Whole], inputs: OpenFiles, workshop: Workshop, scratc
     }
 
 
-def _in_threads(make: Any, wholes: Sequence[Whole], places: Sequence[int], threads: int) -> None:
+def _in_threads(
+    make: Callable[[Whole, int], None],
+    wholes: Sequence[Whole],
+    places: Sequence[int],
+    threads: int,
+    on_sign: Callable[[], None],
+) -> None:
     with _one_torch_thread() as begin, ThreadPoolExecutor(threads, initializer=begin) as pool:
         tasks = [pool.submit(make, whole, place) for whole, place in zip(wholes, places, strict=True)]
         try:
-            for task in tasks:
+            while (found := wait(tasks, _SIGN, FIRST_EXCEPTION)).not_done:
+                on_sign()
+                if any(task.exception() for task in found.done):
+                    break
+            for task in found.done:
                 task.result()
+            on_sign()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -113,6 +113,35 @@ class Making(Measure):
         raise TypeError(f"{self.whole.name} is made as a whole, not measured")
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Part(Expression):
+    """So many elements of another expression, from `first` on, in a shape of their own."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    of: Expression
+    first: int
+
+    def leaves(self) -> Iterator[Stored]:
+        return self.of.leaves()
+
+    def reads(self, start: int, stop: int) -> Iterator[ByteRange]:
+        return self.of.reads(self.first + start, self.first + stop)
+
+    def memory(self, elements: int) -> int:
+        return self.of.memory(elements)
+
+    def measures(self) -> Iterator[Measure]:
+        return self.of.measures()
+
+    def measured(self, found: Mapping[Measure, Any]) -> Expression:
+        return replace(self, of=self.of.measured(found))
+
+    def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
+        return self.of.values(self.first + start, self.first + stop, fetch)
+
+
 def wholes_in(expressions: Iterable[Expression]) -> list[Whole]:
     """The tensors that are made as a whole for these, each once, those within others too."""
     makings = (measure for tensor in expressions for measure in tensor.measures() if isinstance(measure, Making))

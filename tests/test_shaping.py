@@ -153,7 +153,7 @@ def test_what_is_chosen_is_drawn_with_the_moments_of_what_was_there(axis: int) -
     [moments] = tensor.measures()
     where = np.broadcast_to(chosen[:, None] if axis == 0 else chosen, A.shape)
     replaced = A[where].astype("f8")
-    found = moments.compute(lambda start, stop: evaluate(a, start, stop).view(np.uint8))
+    found = moments.compute(lambda start, stop: [evaluate(a, start, stop).view(np.uint8)])
     assert found == pytest.approx((replaced.mean(), replaced.std()), rel=1e-12)
     with pytest.raises(ValueError, match="was not measured"):
         tensor.values(0, 1, lambda part: np.frombuffer(CONTENT[part.file][part.start : part.stop], np.uint8))

@@ -20,6 +20,7 @@ from merger.noise import choose, key_of
 from merger.plan import make_plan, read_again
 from merger.preflight import check_disk
 from merger.reader import OpenFiles
+from merger.shaping import rows
 from merger.spilling import Scratch, Workshop, device_of, ready
 from merger.values import values
 from merger.whole import Function, Making, Whole, loading, wholes_in
@@ -136,6 +137,15 @@ def test_what_is_made_of_what_is_made(model, tmp_path):
     assert np.array_equal(parts["drawn"][~mask], parts["inner"][~mask])
     assert abs(parts["drawn"][mask].std() - chosen.std()) < 0.01 * chosen.std()
     assert np.abs(parts["outer"] - 2.0 * polar(parts["inner"] + parts["drawn"])).max() < 1e-6
+
+
+def test_rows_of_what_is_made_as_a_whole(model, tmp_path):
+    stored = open_checkpoint(model).tensors
+    one = whole("x", stored["w0"])
+    tensors = {"x": one, "some": rows(one, 7, 20), "sum": combine([(2.0, rows(one, 0, 3))], "F32")}
+    found = write(plan_of(tensors), tmp_path / "out")
+    assert np.array_equal(array(found["some"]), array(found["x"])[7:20])
+    assert np.array_equal(array(found["sum"]), 2 * array(found["x"])[:3])
 
 
 def test_values_of_a_checkpoint_in_memory(model, tmp_path):

@@ -36,7 +36,7 @@ class Word(Enum):
 @dataclass(frozen=True)
 class Progress:
     """How far an attempt is: its phase, bytes of output done and in all, shards done and in all; bytes it has read;
-    `uploads` counts the signs that uploads are under way, which move nothing else.
+    `uploads` counts the signs of work that moves nothing else: uploads, tensors that are made as a whole.
     """
 
     phase: str = "queued"
@@ -61,6 +61,7 @@ class Order:
     task_memory: int
     heartbeat_seconds: float
     hub_token: Token | None = None
+    task_device: str = "auto"
 
     def content(self) -> dict[str, Any]:
         """The order as it is sent, its token in plain text."""

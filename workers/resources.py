@@ -11,10 +11,13 @@ INTERPRETER = 400 << 20  # bytes: a Ray worker with the library and its kernels 
 
 @dataclass(frozen=True)
 class TaskSize:
-    """What one task may use: processors, and bytes of memory for its buffers."""
+    """What one task may use: processors, and bytes of memory for its buffers; `device` is where whole matrices are
+    decomposed: cpu, cuda (a GPU for each task that does), or auto (where a task finds one).
+    """
 
     cpus: float = 1.0
     memory: int = 1 << 30
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -43,5 +46,8 @@ def request_for(plan: Plan, size: TaskSize) -> tuple[Request, Allotment]:
 
     Raises NotEnoughMemory.
     """
-    allotment = allot(plan, size.memory, max(1, round(2 * size.cpus)))
-    return Request(size.cpus, 0.0, allotment.memory + INTERPRETER), allotment
+    allotment = allot(plan, size.memory, max(1, round(2 * size.cpus)), size.device)
+    if not allotment.whole:
+        return Request(size.cpus, 0.0, allotment.memory + INTERPRETER), allotment
+    gpus = 1.0 if size.device == "cuda" else 0.0
+    return Request(size.cpus, gpus, allotment.memory + INTERPRETER + _TORCH), allotment

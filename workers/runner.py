@@ -120,7 +120,7 @@ class Attempt:
         order = self._order
         os.chdir(order.working_folder)
         began = time.time()
-        size = TaskSize(order.task_cpus, order.task_memory)
+        size = TaskSize(order.task_cpus, order.task_memory, order.task_device)
         document = make_document(order.recipe)
         self._reach = self._all(document)
         sources = sources_within(self._reach, self._staging.pins)
@@ -229,7 +229,7 @@ class Attempt:
         publish.check_free(self._staging.output, plan)
         earlier = self._staging.take(plan)
         done = sum(receipt.size for receipt in earlier)
-        check_disk(plan, self._staging.output, done)
+        check_disk(plan, self._staging.output, done, at_once=len(plan.shards))
         for receipt in earlier:
             self._reporter.event("shard", file=receipt.file, size=receipt.size, xxh3=receipt.xxh3, adopted=True)
         self._tell(done=done, shards_done=len(earlier))

@@ -30,7 +30,9 @@ _TELL = 0.25  # seconds between two numbers of a task
 
 
 class Uploading:
-    """A sign that a shard is written, and on its way to the destination."""
+    """A sign that work goes on which writes nothing: a shard is on its way to the destination, or a tensor is made as
+    a whole.
+    """
 
 
 Said = int | Uploading | Receipt
@@ -65,6 +67,7 @@ def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said]:
                 execution=execution,
                 cached=work.cached,
                 on_bytes=written.put,
+                on_sign=lambda: written.put(Uploading()),
             )
             if work.destination:
                 _upload(receipt, work.folder, work.destination, lambda: written.put(Uploading()))

@@ -71,6 +71,7 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         object_roots=settings.object_roots,
         task_cpus=settings.task_cpus,
         task_memory=settings.task_memory,
+        task_device=settings.task_device,
         heartbeat_seconds=settings.heartbeat_seconds,
         hub_token=_hub_token(context, found),
     )

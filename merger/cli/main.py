@@ -24,6 +24,7 @@ VERBS = {
     "average": "average checkpoints without writing a recipe",
     "upcycle": "make a mixture of experts out of a dense model",
     "expand": "add layers that change nothing yet, to train them",
+    "extract-lora": "the difference between two models as a LoRA adapter",
     "evaluate": "how well models predict held-out data; recipes too, without writing their results",
     "connect": "the loss on the straight line between models",
     "stages": "the fine-tunings that a recipe asks for: what each starts from, on which data",
@@ -53,7 +54,7 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in VERBS:
-            return _command(import_module(f"merger.cli.{name}").command)
+            return _command(import_module(f"merger.cli.{name.replace('-', '_')}").command)
         return next((_command(entry.load()) for entry in entry_points(group="merger.verbs", name=name)), None)
 
     def resolve_command(

@@ -17,7 +17,7 @@ from merger.preflight import check_disk, free_space
 from merger.publish import check_free, finished_shards
 from merger.push import check_license, destination_of, judged
 from merger.recipe import Document, read_document
-from merger.run import Options, output_of, plan_of
+from merger.run import Options, check_machine, output_of, plan_of
 from merger.sources import LocalSources
 
 
@@ -38,6 +38,7 @@ def command(
     """Show what RECIPE would read, compute and write, or why it would be refused. No weight is read."""
     document = read_document(recipe, with_output(changes, output, accept_license=accept_license))
     plan, allotment = plan_of(document, Options(**options))
+    check_machine(plan, Options(**options))
     finished = _check_output(document, plan)
     destination = destination_of(document.output, LocalSources().hub)
     if destination and not is_open(document.recipe):
