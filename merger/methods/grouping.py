@@ -17,8 +17,6 @@ from merger.methods.rules import Group, Rule
 from merger.methods.settings import numbers_of
 from merger.methods.slices import Layout, Region, Share
 
-FEWEST_OF_STOCK = 3  # mergekit's model_stock takes no fewer, the base among them
-
 
 @dataclass(frozen=True)
 class Merging:
@@ -64,9 +62,11 @@ class Merging:
             return ()
         if self.rule.absent == "single" and len(having) == 1:
             return having
+        if self.rule.absent == "refused" and self.rule.base == "required" and having == bases:
+            return bases  # nothing is added to it
         if self.rule.absent == "base" and having == bases:
             return having
-        if self.rule.absent == "stock" and len(having) < FEWEST_OF_STOCK:
+        if self.rule.absent == "stock" and len(having) < self.rule.least + (self.rule.base == "required"):
             return bases or None
         return ()
 
