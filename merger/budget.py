@@ -11,6 +11,7 @@ from merger.checksum import LEAF
 from merger.errors import NotEnoughMemory
 from merger.host import processors
 from merger.plan import Plan
+from merger.spilling import check_room, device_of
 
 LARGEST_BLOCK = 2 << 20  # bytes: three inputs, the output and a thread's neighbours fit the last-level cache
 SMALLEST_PIECE = 1024  # elements
@@ -21,23 +22,28 @@ MOST_AHEAD = 512 << 20  # bytes of remote files: eight requests of 16 MiB, four 
 @dataclass(frozen=True)
 class Allotment:
     """Threads, and the bytes that each of them holds: a block of output and a buffer for its inputs. `ahead` are the
-    bytes of remote files that may be fetched before they are needed.
+    bytes of remote files that may be fetched before they are needed; `whole` those for tensors that are made as a whole
+    (before the blocks are), on a `device`.
     """
 
     threads: int
     block: int
     buffer: int
     ahead: int = 0
+    whole: int = 0
+    device: str = "auto"
 
     @property
     def memory(self) -> int:
-        return self.threads * (self.block + self.buffer) + self.ahead
+        return max(self.threads * (self.block + self.buffer) + self.ahead, self.whole)
 
 
-def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Allotment:
+def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, device: str = "auto") -> Allotment:
     """Divide `memory` bytes among `threads` (twice the processors without), with fewer threads where it is scarce.
 
-    Raises NotEnoughMemory with the number that would do.
+    A tensor that is made as a whole may take more, alone, where this machine has it.
+
+    Raises NotEnoughMemory with the number that would do, RequestError where `device` is cuda and there is none.
     """
     widest = max(
         (entry.expression for shard in plan.shards for entry in shard.entries),
@@ -53,12 +59,21 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None) 
             block //= 2  # what a block needs is fetched as one
         if share - block >= least:
             buffer = min(share - block, max(least, widest.memory(block // widest.itemsize)))
-            return Allotment(count, block, buffer, ahead)
+            return Allotment(count, block, buffer, ahead, _for_wholes(plan, memory, device), device)
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",
         remedy=f"Allow at least --memory {-(-(LEAF + least) * (2 if ahead else 1) // 1024)}KiB.",
     )
+
+
+def _for_wholes(plan: Plan, memory: int, device: str) -> int:
+    """The memory for tensors that are made as a whole: all that is allowed, or as much as the dearest takes."""
+    if not plan.wholes:
+        return 0
+    dearest = plan.wholes[0]
+    check_room(dearest, device_of(device) if device == "cuda" else "cpu", memory)
+    return max(memory, dearest.cost)
 
 
 def _block(share: int, least: int) -> int:

@@ -35,7 +35,7 @@ def absorb(factor: Matrix, columns: Matrix) -> Matrix:
 
 
 @compiled
-def _dot(a: Any, b: Any) -> Any:
+def dot(a: Any, b: Any) -> Any:
     """Eight sums side by side: an order that any processor can keep and the wide ones can use."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
     whole = a.size - a.size % 8
@@ -66,13 +66,13 @@ def _reflect(columns: Any) -> None:
             continue
         for i in range(v.size):
             v[i] /= largest  # so that no square leaves the range of float64
-        norm = np.sqrt(_dot(v, v))
+        norm = np.sqrt(dot(v, v))
         pivot = -norm if v[0] > 0 else norm
         v[0] -= pivot
-        half = _dot(v, v) / 2
+        half = dot(v, v) / 2
         for j in range(k + 1, columns.shape[0]):
             other = columns[j, k:]
-            along = _dot(v, other) / half
+            along = dot(v, other) / half
             for i in range(v.size):
                 other[i] -= along * v[i]
         v[:] = 0.0
@@ -87,7 +87,7 @@ def _orthogonalize(rows: Any, turned: Any) -> None:
         rotations = 0
         for p in range(count - 1):
             for q in range(p + 1, count):
-                a, b, c = _dot(rows[p], rows[p]), _dot(rows[q], rows[q]), _dot(rows[p], rows[q])
+                a, b, c = dot(rows[p], rows[p]), dot(rows[q], rows[q]), dot(rows[p], rows[q])
                 if abs(c) <= _PRECISION * np.sqrt(a) * np.sqrt(b):
                     continue
                 rotations += 1
@@ -116,7 +116,7 @@ def svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
         return np.zeros_like(rows), np.zeros(len(rows)), turned
     rows /= scale
     _orthogonalize(rows, turned)
-    values = np.array([np.sqrt(_dot(row, row)) for row in rows])
+    values = np.array([np.sqrt(dot(row, row)) for row in rows])
     order = np.argsort(-values, kind="stable")
     rows, values, turned = rows[order], values[order], turned[order]
     some = values > _PRECISION * len(values) * values[0]

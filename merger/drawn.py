@@ -49,19 +49,21 @@ class Moments(Measure):
     chooses, in float64; compared by identity.
     """
 
-    of: Expression
+    inputs: tuple[Expression]
     chosen: Mask
     axis: int
 
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
-        width = self.of.shape[1]
-        count = int(self.chosen.sum()) * self.of.shape[1 - self.axis]
+        [matrix] = self.inputs
+        width = matrix.shape[1]
+        count = int(self.chosen.sum()) * matrix.shape[1 - self.axis]
         if not count:
             return 0.0, 0.0
         totals = np.zeros(2)
-        for start in range(0, self.of.size, _BLOCK):
-            stop = min(start + _BLOCK, self.of.size)
-            add_moments(evaluate(start, stop), self.of.dtype, _mask(self.chosen, self.axis, width, start, stop), totals)
+        for start in range(0, matrix.size, _BLOCK):
+            stop = min(start + _BLOCK, matrix.size)
+            [values] = evaluate(start, stop)
+            add_moments(values, matrix.dtype, _mask(self.chosen, self.axis, width, start, stop), totals)
         mean = float(totals[0]) / count
         variance = float(totals[1]) / count - mean * mean
         return mean, max(0.0, variance) ** 0.5
@@ -97,11 +99,17 @@ class Redrawn(Expression):
         return self.kept.memory(elements) + elements * (3 * 8 + 1 + 2 * self.itemsize)
 
     def measures(self) -> Iterator[Measure]:
-        if self.found is None:
+        inner = list(self.kept.measures())
+        yield from inner
+        if self.found is None and not inner:
             yield self.moments
 
     def measured(self, found: Mapping[Measure, Sequence[float]]) -> Expression:
-        return self if self.found is not None else replace(self, found=found[self.moments])
+        kept = self.kept.measured(found)
+        if kept is not self.kept:
+            moments = replace(self.moments, inputs=(kept,))
+            return replace(self, kept=kept, moments=moments, found=found.get(self.moments, self.found))
+        return replace(self, found=found.get(self.moments, self.found))
 
     def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
         if self.found is None:
@@ -122,4 +130,4 @@ def redrawn(kept: Expression, chosen: Mask, axis: int, key: Key) -> Expression:
     """The matrix with the chosen rows (axis 0) or columns (axis 1) drawn anew; itself where none is chosen."""
     if not chosen.any():
         return kept
-    return Redrawn(kept.dtype, kept.shape, kept, Moments(kept, chosen, axis), noise(kept.shape, key))
+    return Redrawn(kept.dtype, kept.shape, kept, Moments((kept,), chosen, axis), noise(kept.shape, key))

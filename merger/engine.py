@@ -21,12 +21,13 @@ from merger.dtypes import DTYPES
 from merger.errors import MergerError, NonFiniteInput, WriteFailed
 from merger.expression import Expression, Fetch, File
 from merger.kernels import Bytes, count_non_finite
-from merger.measuring import measured
 from merger.plan import Entry, Shard, read_again, remote_files
 from merger.reader import OpenFiles, download, read
 from merger.receipt import FOLDER, Receipt, write_receipt
 from merger.remote import Remote
+from merger.spilling import Scratch, Workshop, ready
 from merger.storage.disk import OutputFile, page_aligned, round_up, sync_folder
+from merger.whole import wholes_in
 
 OnBytes = Callable[[int], None]
 OnShard = Callable[[Receipt], None]
@@ -50,21 +51,38 @@ def write_shards(
     of unfinished files, so that two executions of the same work do not write into one. Remote files are fetched range
     by range, ahead of the blocks that need them, but for those whose addresses are in `cached`.
 
-    Raises ReadFailed, WriteFailed, SourceChanged and, with `strict`, NonFiniteInput; finished shards stay.
+    Raises ReadFailed, WriteFailed, SourceChanged and, with `strict`, NonFiniteInput; where tensors are made as a whole
+    also NonFiniteInput, NotEnoughMemory and VerificationFailed. Finished shards stay.
     """
-    again = read_again(shards)
-    inputs = OpenFiles(again, cached)
-    try:
-        download(remote_files(shards, cached))
-        shards = measured(shards, inputs, allotment.threads)
-        inputs.ahead = _ahead(shards, allotment, cached)
-        work = _Work(shards, output, allotment.block, fingerprint, execution, on_shard)
-        _run_threads(work, inputs, allotment, strict, on_bytes)
-    finally:
-        inputs.close()
-    if work.error:
-        raise work.error
-    return work.receipts
+    receipts = []
+    for part in _portions(shards):
+        inputs = OpenFiles(read_again(part), cached)
+        workshop = Workshop(allotment.memory, allotment.threads, allotment.device, strict)
+        with Scratch(output / FOLDER / f"{part[0].name}{execution}.scratch") as scratch:
+            try:
+                download(remote_files(part, cached))
+                known = ready(part, inputs, workshop, scratch)
+                inputs.ahead = _ahead(known, allotment, cached)
+                work = _Work(known, output, allotment.block, fingerprint, execution, on_shard)
+                _run_threads(work, inputs, allotment, strict, on_bytes)
+            finally:
+                inputs.close()
+        if work.error:
+            raise work.error
+        receipts += work.receipts
+    return receipts
+
+
+def _portions(shards: Sequence[Shard]) -> Iterator[Sequence[Shard]]:
+    """The shards with tensors that are made as a whole one by one, after the others: what was made of one is written
+    before the next is begun, so that little lies beside the result, and little is lost.
+    """
+    apart = {shard.name: shard for shard in shards if wholes_in(entry.expression for entry in shard.entries)}
+    rest = [shard for shard in shards if shard.name not in apart]
+    if rest:
+        yield rest
+    for shard in apart.values():
+        yield [shard]
 
 
 def _ahead(shards: Sequence[Shard], allotment: Allotment, cached: Collection[str]) -> Ahead | None:

@@ -106,18 +106,20 @@ class Expression(ABC):
         return count_non_finite(out, self.dtype) if DTYPES[self.dtype].is_float else 0
 
 
-Evaluate = Callable[[int, int], Bytes]
+Evaluate = Callable[[int, int], list[Bytes]]
 
 
 class Measure(ABC):
-    """Numbers about a whole expression, which a first pass over it finds."""
+    """Numbers about whole expressions, which a first pass over them finds."""
 
     __slots__ = ()
-    of: Expression
+    inputs: tuple[Expression, ...]
 
     @abstractmethod
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
-        """The numbers; `evaluate` gives the elements from one to another, in the expression's dtype."""
+        """The numbers; `evaluate` gives the elements from one to another of every input, in that one's dtype. What it
+        gave before is overwritten.
+        """
 
 
 # ---- what is stored -----------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ class Truncation(Measure):
     Only L and R are formed, from blocks of rows: 8 r (r + 2048) bytes and four matrices of r^2.
     """
 
-    of: Expression  # left and right, one after the other
+    inputs: tuple[Expression]  # left and right, one after the other
     left: tuple[int, int]
     right: tuple[int, int]
     rank: int
@@ -203,12 +203,13 @@ class Truncation(Measure):
         (height, inner), (_, width) = self.left, self.right
         left, right, begin = triangular(inner), triangular(inner), height * inner
         for start, stop in pairwise([*range(0, height, _ROWS), height]):
-            rows = evaluate(start * inner, stop * inner).view(np.float64).reshape(-1, inner)
-            left = absorb(left, rows.T)
+            [values] = evaluate(start * inner, stop * inner)
+            left = absorb(left, values.view(np.float64).reshape(-1, inner).T)
         for start, stop in pairwise([*range(0, width, _ROWS), width]):
-            rows = np.stack(
-                [evaluate(begin + k * width + start, begin + k * width + stop).view(np.float64) for k in range(inner)]
-            )
+            rows = np.empty((inner, stop - start))
+            for k in range(inner):
+                [values] = evaluate(begin + k * width + start, begin + k * width + stop)
+                rows[k] = values.view(np.float64)
             right = absorb(right, rows)
         return array("d", self._found(left, right).tobytes())
 
@@ -283,7 +284,7 @@ def truncated(left: Expression, right: Expression, rank: int) -> tuple[Expressio
     left, right = cast(left, "F64"), cast(right, "F64")
     (height, inner), (_, width) = left.shape, right.shape
     both = join([left, right], (inner * (height + width),))
-    truncation = Truncation(both, (height, inner), (inner, width), rank)
+    truncation = Truncation((both,), (height, inner), (inner, width), rank)
     return (
         Truncated("F64", (height, rank), left, truncation, True),
         Truncated("F64", (rank, width), right, truncation, False),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 _CHUNK = 4096  # elements: the float64 accumulators of a chunk (32 KiB) stay in the first-level cache
 
 
@@ -39,7 +39,7 @@ _INT32 = ir.IntType(32)
 
 
 @intrinsic
-def _float_of(_context: Any, bits: Any) -> Any:
+def float_of(_context: Any, bits: Any) -> Any:
     """The float32 with these 32 bits."""
 
     def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
@@ -49,7 +49,7 @@ def _float_of(_context: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _bits_of(_context: Any, value: Any) -> Any:
+def bits_of(_context: Any, value: Any) -> Any:
     """The 32 bits of a float32."""
 
     def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
@@ -69,24 +69,24 @@ def _pointer_to(element: Any) -> Any:
     return pointer
 
 
-_to_uint16, _to_uint32 = _pointer_to(types.uint16), _pointer_to(types.uint32)
-_to_float32, _to_float64 = _pointer_to(types.float32), _pointer_to(types.float64)
+to_uint16, to_uint32 = _pointer_to(types.uint16), _pointer_to(types.uint32)
+to_float32, to_float64 = _pointer_to(types.float32), _pointer_to(types.float64)
 
 
 @compiled
-def _from_bfloat16(x: Any) -> Any:
-    return _float_of(np.uint32(x) << np.uint32(16))
+def from_bfloat16(x: Any) -> Any:
+    return float_of(np.uint32(x) << np.uint32(16))
 
 
 @compiled
-def _from_float16(x: Any) -> Any:
+def from_float16(x: Any) -> Any:
     """Shift the exponent and mantissa into place and scale by 2^112, which also normalises subnormals."""
     magnitude = np.uint32(x & np.uint16(0x7FFF)) << np.uint32(13)
     sign = np.uint32(x & np.uint16(0x8000)) << np.uint32(16)
-    scaled = _bits_of(_float_of(magnitude) * np.float32(5.192296858534828e33))
+    scaled = bits_of(float_of(magnitude) * np.float32(5.192296858534828e33))
     if magnitude >= np.uint32(0x0F800000):  # infinity and NaN keep their mantissa
         scaled = magnitude | np.uint32(0x7F800000)
-    return _float_of(scaled | sign)
+    return float_of(scaled | sign)
 
 
 @compiled
@@ -97,12 +97,12 @@ def _to_odd(value: Any) -> Any:
     """
     near = np.float32(value)
     back = np.float64(near)
-    bits = _bits_of(near)
+    bits = bits_of(near)
     if back != value:
         if abs(back) > abs(value):
             bits -= np.uint32(1)  # towards zero
         bits |= np.uint32(1)
-    return _float_of(bits)
+    return float_of(bits)
 
 
 # These three are written in the compiler's own instructions: numba widens sums of 32-bit integers to 64 bits, and
@@ -110,7 +110,7 @@ def _to_odd(value: Any) -> Any:
 
 
 @intrinsic
-def _to_bfloat16(_context: Any, value: Any) -> Any:
+def to_bfloat16(_context: Any, value: Any) -> Any:
     """The bits of a float32 rounded to BF16, to nearest, ties to even."""
 
     def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
@@ -147,8 +147,8 @@ def _either(_context: Any, a: Any, b: Any) -> Any:
 
 
 @compiled
-def _to_float16(value: Any) -> Any:
-    bits = _bits_of(value)
+def to_float16(value: Any) -> Any:
+    bits = bits_of(value)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     # Normal numbers: move the exponent by 112 and round on the 13 bits that go.
@@ -156,7 +156,7 @@ def _to_float16(value: Any) -> Any:
         magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))
     ) >> np.uint32(13)
     # Subnormal numbers: adding 0.5 lets the float32 adder round at 2^-24, the last place of float16.
-    subnormal = _bits_of(_float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+    subnormal = bits_of(float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
     half = normal if magnitude >= np.uint32(0x38800000) else subnormal
     if magnitude >= np.uint32(0x477FF000):  # rounds to 65536 or more
         half = np.uint32(0x7C00)
@@ -173,19 +173,19 @@ def _to_float16(value: Any) -> Any:
 def _accumulate(sums: Any, address: Any, code: Any, weight: Any) -> None:
     """sums[i] += weight * x[i] for the array of type `code` at `address`."""
     if code == 0:
-        bfloats = carray(_to_uint16(address), sums.size)
+        bfloats = carray(to_uint16(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * np.float64(_from_bfloat16(bfloats[i]))
+            sums[i] += weight * np.float64(from_bfloat16(bfloats[i]))
     elif code == 1:
-        halves = carray(_to_uint16(address), sums.size)
+        halves = carray(to_uint16(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * np.float64(_from_float16(halves[i]))
+            sums[i] += weight * np.float64(from_float16(halves[i]))
     elif code == 2:
-        floats = carray(_to_float32(address), sums.size)
+        floats = carray(to_float32(address), sums.size)
         for i in range(sums.size):
             sums[i] += weight * np.float64(floats[i])
     else:
-        doubles = carray(_to_float64(address), sums.size)
+        doubles = carray(to_float64(address), sums.size)
         for i in range(sums.size):
             sums[i] += weight * doubles[i]
 
@@ -210,7 +210,7 @@ def _round_to_bfloat16(sums: Any, floats: Any, bfloats: Any) -> Any:
         for i in range(sums.size):
             floats[i] = _to_odd(sums[i])
     for i in range(sums.size):
-        bfloats[i] = _to_bfloat16(floats[i])
+        bfloats[i] = to_bfloat16(floats[i])
     return _count_exponents(bfloats, np.uint16(0x7F80)) if hard else 0
 
 
@@ -219,21 +219,21 @@ def _round(sums: Any, floats: Any, address: Any, code: Any) -> Any:
     """Write `sums` as type `code` at `address`; return how many are not finite. `floats` is scratch of their size."""
     bad = np.int64(0)
     if code == 0:
-        bad += _round_to_bfloat16(sums, floats, carray(_to_uint16(address), sums.size))
+        bad += _round_to_bfloat16(sums, floats, carray(to_uint16(address), sums.size))
     elif code == 1:
-        halves = carray(_to_uint16(address), sums.size)
+        halves = carray(to_uint16(address), sums.size)
         for i in range(sums.size):
-            h = _to_float16(_to_odd(sums[i]))
+            h = to_float16(_to_odd(sums[i]))
             halves[i] = h
             bad += np.int64((h & np.uint16(0x7C00)) == np.uint16(0x7C00))
     elif code == 2:
-        floats = carray(_to_float32(address), sums.size)
+        floats = carray(to_float32(address), sums.size)
         for i in range(sums.size):
             f = np.float32(sums[i])
             floats[i] = f if f == f else np.float32(np.nan)
             bad += np.int64(not abs(f) < np.float32(np.inf))
     else:
-        doubles = carray(_to_float64(address), sums.size)
+        doubles = carray(to_float64(address), sums.size)
         for i in range(sums.size):
             d = sums[i]
             doubles[i] = d if d == d else np.nan
@@ -263,21 +263,21 @@ def weighted_sum(terms: Sequence[tuple[float, Bytes, str]], out: Bytes, out_dtyp
     `terms` are (weight, values, dtype name); `out` is filled with values of `out_dtype`. All arrays are
     contiguous and hold the same number of elements, of any of BF16, F16, F32, F64.
     """
-    count, rest = divmod(out.size, _ITEMSIZE[out_dtype])
+    count, rest = divmod(out.size, ITEMSIZE[out_dtype])
     if rest:
         raise ValueError(f"{out.size} bytes are no whole number of {out_dtype} elements")
     for _, values, dtype in terms:
-        if values.size != count * _ITEMSIZE[dtype]:
+        if values.size != count * ITEMSIZE[dtype]:
             raise ValueError(f"{values.size} bytes of {dtype} are not {count} elements")
     return int(
         _weighted_sum(
             np.array([values.ctypes.data for _, values, _ in terms], np.uint64),
             np.array([CODES[dtype] for *_, dtype in terms], np.int64),
-            np.array([_ITEMSIZE[dtype] for *_, dtype in terms], np.int64),
+            np.array([ITEMSIZE[dtype] for *_, dtype in terms], np.int64),
             np.array([weight for weight, *_ in terms], np.float64),
             np.uint64(out.ctypes.data),
             CODES[out_dtype],
-            _ITEMSIZE[out_dtype],
+            ITEMSIZE[out_dtype],
             count,
         )
     )
@@ -335,16 +335,16 @@ def _compare(a: Any, a_code: Any, a_size: Any, b: Any, b_code: Any, b_size: Any,
 
 def compare(a: Bytes, a_dtype: str, b: Bytes, b_dtype: str) -> tuple[float, float, float, float, float]:
     """Sums over pairs of a^2, b^2, ab and (a - b)^2 in float64, and the largest |a - b|."""
-    count = a.size // _ITEMSIZE[a_dtype]
-    if b.size != count * _ITEMSIZE[b_dtype]:
+    count = a.size // ITEMSIZE[a_dtype]
+    if b.size != count * ITEMSIZE[b_dtype]:
         raise ValueError(f"{b.size} bytes of {b_dtype} are not {count} elements")
     totals = _compare(
         np.uint64(a.ctypes.data),
         CODES[a_dtype],
-        _ITEMSIZE[a_dtype],
+        ITEMSIZE[a_dtype],
         np.uint64(b.ctypes.data),
         CODES[b_dtype],
-        _ITEMSIZE[b_dtype],
+        ITEMSIZE[b_dtype],
         count,
     )
     aa, bb, ab, dd, largest = (float(total) for total in totals)
@@ -365,4 +365,4 @@ def _add_moments(address: Any, code: Any, size: Any, mask: Any, totals: Any) -> 
 
 def add_moments(values: Bytes, dtype: str, mask: NDArray[np.bool_], totals: NDArray[np.float64]) -> None:
     """Add the sum and the sum of squares of the values where the mask is set to `totals`, one after the other."""
-    _add_moments(np.uint64(values.ctypes.data), CODES[dtype], _ITEMSIZE[dtype], mask, totals)
+    _add_moments(np.uint64(values.ctypes.data), CODES[dtype], ITEMSIZE[dtype], mask, totals)

@@ -13,22 +13,24 @@ from merger.kernels import Bytes
 from merger.plan import Shard
 from merger.reader import OpenFiles, read
 from merger.storage.disk import page_aligned
+from merger.whole import Making
 
 
 def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> Sequence[Shard]:
-    """The shards with the numbers that their expressions ask for. Raises ReadFailed and SourceChanged."""
-    found = found_in(shards, inputs, threads)
-    if not found:
-        return shards
-    return [
-        replace(shard, entries=tuple(replace(e, expression=e.expression.measured(found)) for e in shard.entries))
-        for shard in shards
-    ]
+    """The shards with the numbers that their expressions ask for; what is measured of expressions that must be measured
+    themselves comes after these. Raises ReadFailed and SourceChanged.
+    """
+    while found := found_in(shards, inputs, threads):
+        shards = [
+            replace(shard, entries=tuple(replace(e, expression=e.expression.measured(found)) for e in shard.entries))
+            for shard in shards
+        ]
+    return shards
 
 
 def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> dict[Measure, Sequence[float]]:
-    """The numbers themselves."""
-    wanted = list(dict.fromkeys(_measures(shards)))
+    """The numbers that can be found now: the largest tensors first, so that no thread is left with one at the end."""
+    wanted = sorted(dict.fromkeys(_measures(shards)), key=lambda measure: -measure.inputs[0].size)
     if not wanted:
         return {}
     with ThreadPoolExecutor(threads) as pool:
@@ -36,13 +38,20 @@ def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> dict[M
 
 
 def _measures(shards: Iterable[Shard]) -> Iterable[Measure]:
-    return (measure for shard in shards for entry in shard.entries for measure in entry.expression.measures())
+    """All but the tensors that are made as a whole, which are no numbers (`merger.spilling`)."""
+    entries = (entry for shard in shards for entry in shard.entries)
+    return (m for entry in entries for m in entry.expression.measures() if not isinstance(m, Making))
 
 
 def _compute(measure: Measure, inputs: OpenFiles) -> Sequence[float]:
-    def evaluate(start: int, stop: int) -> Bytes:
-        buffer = page_aligned(measure.of.memory(stop - start))
-        values = read(set(measure.of.reads(start, stop)), inputs, buffer)
-        return measure.of.values(start, stop, values.__getitem__)
+    buffer = page_aligned(0)
+
+    def evaluate(start: int, stop: int) -> list[Bytes]:
+        nonlocal buffer
+        size = sum(tensor.memory(stop - start) for tensor in measure.inputs)
+        if buffer.size < size:
+            buffer = page_aligned(size)
+        values = read({part for tensor in measure.inputs for part in tensor.reads(start, stop)}, inputs, buffer)
+        return [tensor.values(start, stop, values.__getitem__) for tensor in measure.inputs]
 
     return measure.compute(evaluate)

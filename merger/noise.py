@@ -10,14 +10,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import uint64
+from llvmlite import ir
+from numba import types, uint64
+from numba.extending import intrinsic
 
 from merger.kernels import Bytes, compiled
 
 Key = tuple[int, int]
 
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
 _MULTIPLY_0, _MULTIPLY_1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
 
@@ -47,28 +47,30 @@ def choose(key: Key, share: float, count: int) -> np.ndarray[Any, np.dtype[np.bo
 def _fill_normal(key_0: Any, key_1: Any, start: Any, out: Any) -> None:
     block = start // uint64(4)
     lane: Any = np.int64(start % uint64(4))
-    numbers = _philox(block, key_0, key_1)
+    numbers = philox(block, key_0, key_1)
     for i in range(out.size):
         out[i] = _inverse_normal(numbers[lane])
         lane += 1
         if lane == 4:
             lane = 0
             block += uint64(1)
-            numbers = _philox(block, key_0, key_1)
+            numbers = philox(block, key_0, key_1)
 
 
-@compiled
-def _high(a: Any, b: Any) -> Any:
+@intrinsic
+def _high(_context: Any, a: Any, b: Any) -> Any:
     """The upper 64 bits of the product of two 64-bit integers."""
-    a_low, a_high, b_low, b_high = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
-    carry = (a_low * b_low) >> _HALF
-    middle = a_high * b_low + carry
-    other = a_low * b_high + (middle & _LOW)
-    return a_high * b_high + (middle >> _HALF) + (other >> _HALF)
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
 
 
 @compiled
-def _philox(block: Any, key_0: Any, key_1: Any) -> Any:
+def philox(block: Any, key_0: Any, key_1: Any) -> Any:
     """Four 64-bit numbers for a counter (whose upper 192 bits are zero)."""
     c0, c1, c2, c3 = block, uint64(0), uint64(0), uint64(0)
     for _ in range(10):

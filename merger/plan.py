@@ -20,6 +20,7 @@ from merger.expression import Expression, File, Identical
 from merger.remote import Remote
 from merger.storage.folder import ADAPTER, OPTIMIZER
 from merger.storage.safetensors import build_header
+from merger.whole import Whole, scratch_size, wholes_in
 
 # Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
 ARITHMETIC = 1
@@ -52,6 +53,11 @@ class Shard:
         """Bytes that are read to make it."""
         return sum(entry.expression.read_size for entry in self.entries)
 
+    @property
+    def scratch_size(self) -> int:
+        """Bytes that lie beside it while it is made."""
+        return scratch_size(entry.expression for entry in self.entries)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,6 +77,16 @@ class Plan:
     def read_size(self) -> int:
         """Bytes that will be read."""
         return sum(shard.read_size for shard in self.shards)
+
+    def scratch_size(self, at_once: int = 1) -> int:
+        """Bytes that lie beside the result while as many shards are made `at_once`."""
+        return sum(sorted((shard.scratch_size for shard in self.shards), reverse=True)[:at_once])
+
+    @cached_property
+    def wholes(self) -> list[Whole]:
+        """The tensors that are made as a whole, the dearest first."""
+        found = wholes_in(entry.expression for shard in self.shards for entry in shard.entries)
+        return sorted(found, key=lambda whole: -whole.cost)
 
     @property
     def is_remote(self) -> bool:
@@ -174,7 +190,7 @@ def read_again(shards: Iterable[Shard]) -> set[File]:
     wanted: Counter[File] = Counter()
     for shard in shards:
         for entry in shard.entries:
-            tensors = [entry.expression, *(measure.of for measure in entry.expression.measures())]
+            tensors = [entry.expression, *(of for measure in entry.expression.measures() for of in measure.inputs)]
             for part in chain.from_iterable(tensor.reads(0, tensor.size) for tensor in tensors):
                 wanted[part.file] += part.stop - part.start
     return {file for file, size in wanted.items() if size > 1.2 * file.size}

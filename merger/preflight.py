@@ -149,15 +149,18 @@ def _moved(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[tuple[int, in
 # ---- space --------------------------------------------------------------------------------------------
 
 
-def check_disk(plan: Plan, output: Path, finished: int) -> None:
-    """See that what is not yet `finished` (bytes) fits on the disk of `output`.
+def check_disk(plan: Plan, output: Path, finished: int, at_once: int = 1) -> None:
+    """See that what is not yet `finished` (bytes) fits on the disk of `output`, with what lies beside it for a while
+    where tensors are made as a whole, of as many shards as are made `at_once`.
 
     Raises NotEnoughDisk with both numbers.
     """
-    needed = plan.size - finished
+    beside = plan.scratch_size(at_once) if finished < plan.size else 0
+    needed = plan.size - finished + beside
     free = free_space(output)
     if needed > free:
-        raise NotEnoughDisk(f"the result needs {needed:,} bytes, the disk has {free:,} free", where=str(output))
+        more = f", {beside:,} of them for a while" if beside else ""
+        raise NotEnoughDisk(f"the result needs {needed:,} bytes{more}, the disk has {free:,} free", where=str(output))
 
 
 def free_space(output: Path) -> int:

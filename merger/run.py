@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from merger import gallery, kernels, publish
 from merger.assessment import Evidence, assess, require
@@ -54,7 +55,8 @@ from merger.verify import MANIFEST, Check, check_ranks, check_written
 @dataclass(frozen=True)
 class Options:
     """How to run: bytes of memory for buffers, threads (None: twice the processors), whether warnings are refusals,
-    how surgery is proven, and which remote files are downloaded whole.
+    how surgery is proven, which remote files are downloaded whole, and on which device whole tensors are computed with
+    (`auto`: on a GPU where there is one).
     """
 
     memory: int = DEFAULT_MEMORY
@@ -62,6 +64,7 @@ class Options:
     strict: bool = False
     parity: Mode = "auto"
     cache: Cache = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class Progress(ABC):
@@ -113,7 +116,7 @@ def plan_of(document: Document, options: Options, sources: Sources | None = None
         raise IncompatibleSources(
             checkpoint.warnings[0], where="--strict", remedy="Without --strict this is a warning."
         )
-    allotment = allot(plan, options.memory, options.threads)
+    allotment = allot(plan, options.memory, options.threads, options.device)
     check_buffers(plan)
     check_kin(plan)
     return plan, allotment

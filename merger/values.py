@@ -3,20 +3,19 @@
 Knows expressions and threads; knows nothing of torch.
 """
 
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 from merger.checkpoint import Checkpoint
 from merger.expression import Expression
-from merger.host import processors
+from merger.host import free_memory, processors
 from merger.kernels import Bytes
-from merger.measuring import measured
 from merger.plan import make_plan, remote_files
-from merger.reader import OpenFiles, download, read
-from merger.storage.disk import page_aligned
-
-_BLOCK = 1 << 20  # elements
+from merger.reader import OpenFiles, download
+from merger.spilling import Scratch, Workshop, evaluate, ready
 
 
 def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
@@ -25,22 +24,14 @@ def values(checkpoint: Checkpoint) -> Iterator[tuple[str, Expression, Bytes]]:
     whole = make_plan(replace(checkpoint, optimizer={}), {}, shard_size=1 << 62)
     remote = remote_files(whole.shards)  # all of them will be read
     inputs = OpenFiles(cached={file.address for file in remote})
-    try:
-        download(remote)
-        [shard] = measured(whole.shards, inputs, threads)
-        with ThreadPoolExecutor(threads) as pool:
-            made = pool.map(lambda entry: _evaluate(entry.expression, inputs), shard.entries)
-            for entry, content in zip(shard.entries, made, strict=True):
-                yield entry.name, entry.expression, content
-    finally:
-        inputs.close()
-
-
-def _evaluate(expression: Expression, inputs: OpenFiles) -> Bytes:
-    out = page_aligned(expression.nbytes)
-    for start in range(0, expression.size, _BLOCK):
-        stop = min(start + _BLOCK, expression.size)
-        found = read(set(expression.reads(start, stop)), inputs, page_aligned(expression.memory(stop - start)))
-        place = out[start * expression.itemsize : stop * expression.itemsize]
-        expression.write(start, stop, found.__getitem__, place)
-    return out[: expression.nbytes]
+    with tempfile.TemporaryDirectory() as folder, Scratch(Path(folder) / "scratch") as scratch:
+        try:
+            download(remote)
+            workshop = Workshop(free_memory() // 2, threads)
+            [shard] = ready(whole.shards, inputs, workshop, scratch)
+            with ThreadPoolExecutor(threads) as pool:
+                made = pool.map(lambda entry: evaluate(entry.expression, inputs), shard.entries)
+                for entry, content in zip(shard.entries, made, strict=True):
+                    yield entry.name, entry.expression, content
+        finally:
+            inputs.close()

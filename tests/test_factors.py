@@ -72,7 +72,7 @@ def test_a_truncated_product_is_the_nearest(rank):
     with pytest.raises(ValueError, match="was not measured"):
         evaluate(left)
     [measure] = {*left.measures(), *right.measures()}
-    found = {measure: measure.compute(lambda start, stop: evaluate(measure.of, start, stop).view(np.uint8))}
+    found = {measure: measure.compute(lambda a, b: [evaluate(of, a, b).view(np.uint8) for of in measure.inputs])}
     lower = [evaluate(side.measured(found)).reshape(side.shape) for side in (left, right)]
     values = np.linalg.svd(SUM, compute_uv=False)
     assert np.isclose(np.linalg.norm(SUM - lower[0] @ lower[1]), np.linalg.norm(values[rank:]), rtol=1e-10, atol=1e-12)
@@ -88,7 +88,7 @@ def test_tall_factors_are_absorbed_in_blocks():
     flat = stored(0, 2, 4), stored(40, 2, 4)
     left, right = truncated(*stacked([(1.0, tall[0], flat[0]), (1.0, tall[1], flat[1])]), 2)
     measure = next(left.measures())
-    found = {measure: measure.compute(lambda start, stop: evaluate(measure.of, start, stop).view(np.uint8))}
+    found = {measure: measure.compute(lambda a, b: [evaluate(of, a, b).view(np.uint8) for of in measure.inputs])}
     wanted = sum(values_of(t) @ values_of(f) for t, f in zip(tall, flat, strict=True))
     lower = [evaluate(side.measured(found)).reshape(side.shape) for side in (left, right)]
     error = np.linalg.norm(np.linalg.svd(wanted, compute_uv=False)[2:])

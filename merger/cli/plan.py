@@ -84,6 +84,7 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
         "finished_bytes": finished,
         "free_bytes": free_space(Path(document.output.path or ".").expanduser()),
         "memory": {"bytes": allotment.memory, "threads": allotment.threads},
+        "wholes": _wholes(plan, allotment),
         "shards": [{"file": shard.name, "bytes": shard.size, "tensors": len(shard.entries)} for shard in plan.shards],
         "sources": [
             {
@@ -103,6 +104,28 @@ def _as_data(plan: Plan, allotment: Allotment, finished: int, document: Document
     }
 
 
+def _wholes(plan: Plan, allotment: Allotment) -> dict[str, Any] | None:
+    """The tensors that are made as a whole: how many, what the dearest takes, and what lies beside the result."""
+    if not plan.wholes:
+        return None
+    dearest = plan.wholes[0]
+    return {
+        "count": len(plan.wholes),
+        "largest": dearest.name,
+        "bytes": dearest.cost,
+        "scratch_bytes": plan.scratch_size(),
+        "device": allotment.device,
+    }
+
+
+def _wholes_line(found: dict[str, Any]) -> str:
+    device = "" if found["device"] == "auto" else f" on {found['device']}"
+    return (
+        f"whole       tensors made as a whole{device}: {found['count']:,}, at most {gigabytes(found['bytes'])} "
+        f"({found['largest']}), {gigabytes(found['scratch_bytes'])} beside the result for a while"
+    )
+
+
 def _as_text(data: dict[str, Any]) -> str:
     lines = [
         f"method      {data['method']}",
@@ -114,6 +137,7 @@ def _as_text(data: dict[str, Any]) -> str:
         + (f", {gigabytes(data['finished_bytes'])} are finished" if data["finished_bytes"] else ""),
         f"disk        {gigabytes(data['free_bytes'])} free",
         f"memory      {gigabytes(data['memory']['bytes'])} of buffers in {data['memory']['threads']} threads",
+        *([_wholes_line(data["wholes"])] if data["wholes"] else []),
         f"plan        {data['fingerprint'][:16]}",
         "sources",
         *(_source_line(source) for source in data["sources"]),

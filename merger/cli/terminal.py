@@ -65,6 +65,13 @@ def running_options(command: F) -> F:
             click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Memory for buffers."),
             click.option("--threads", type=click.IntRange(1, 256), help="Threads; twice the processors without."),
             click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Where matrices are decomposed, by methods that do: auto takes a GPU that torch sees.",
+            ),
+            click.option(
                 "--parity",
                 type=click.Choice(["auto", "full", "layers", "off"]),
                 default="auto",

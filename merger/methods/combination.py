@@ -1,4 +1,4 @@
-"""The weighted sum of checkpoints: the one operation behind every average.
+"""Checkpoints combined tensor by tensor; their weighted sum, the one operation behind every average.
 
 Knows which checkpoints may be added; reads no weights.
 
@@ -9,6 +9,7 @@ normalisation come from the newest checkpoint, tied heads are told apart from mi
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from merger.architecture import (
     differences,
@@ -33,12 +34,25 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
     """
     if len(checkpoints) == 1 and weights[0] == 1.0:
         return checkpoints[0]
+    return combined(checkpoints, weights, lambda _, floats: _sum(floats, weights))
+
+
+def combined(
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    merge: Callable[[str, Sequence[Expression]], Expression],
+) -> Checkpoint:
+    """The checkpoint whose floating tensors are what `merge` makes of a name and the tensors of that name; config and
+    side files come from the first. `weights` are what the report says of them.
+
+    Raises IncompatibleSources with the tensor or the config key at fault.
+    """
     check_models(checkpoints)
     check_vocabularies(checkpoints)
     checkpoints, notes = same_head(checkpoints)
     _check_names(checkpoints)
     first = checkpoints[0]
-    tensors = {name: merged(name, checkpoints, lambda floats: _sum(floats, weights)) for name in first.tensors}
+    tensors = {name: merged(name, checkpoints, partial(merge, name)) for name in first.tensors}
     parts: list[Part] = []
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         parts += [Part(part.source, weight * part.weight) for part in checkpoint.parts]
@@ -49,7 +63,7 @@ def weighted_sum(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) ->
         notes=_unique([*_all_notes(checkpoints), *notes, *_notes_on_tensors(checkpoints)]),
         warnings=_unique([*(w for c in checkpoints for w in c.warnings), *config_warnings(checkpoints)]),
         kin=tuple(kin for checkpoint in checkpoints for kin in checkpoint.kin),
-        origin=None,  # no surgery that one of them went through describes the sum
+        origin=None,  # no surgery that one of them went through describes what comes of them
         optimizer={},
         paragraphs=(),
     )

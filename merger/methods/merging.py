@@ -4,6 +4,7 @@ Names, parameters and defaults are those of mergekit 0.1.5, so that its configur
 """
 
 from merger.expression import Expression, cast, combine
+from merger.methods import borrowed, geometry, task_vectors
 from merger.methods.rules import Group, Parameter, Rule, table
 
 WEIGHT = Parameter(float, required=True)
@@ -24,7 +25,7 @@ def _passthrough(group: Group) -> Expression:
     return cast(group.tensors[0], group.dtype) if scale is None else combine([(scale, group.tensors[0])], group.dtype)
 
 
-RULES: dict[str, Rule] = table(
+_PLAIN = table(
     Rule(
         "linear",
         "Linear",
@@ -36,3 +37,5 @@ RULES: dict[str, Rule] = table(
     ),
     Rule("passthrough", "Passthrough", "ignored", _passthrough, {}, {"scale": Parameter(float)}, most=1),
 )
+
+RULES: dict[str, Rule] = {**_PLAIN, **geometry.RULES, **task_vectors.RULES, **borrowed.RULES}
