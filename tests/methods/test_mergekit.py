@@ -213,6 +213,24 @@ def test_mergekits_examples_run(tmp_path, models, name):
         assert_equal(ours, theirs, 2e-5)
 
 
+NUMBERS = {"weight": [0.4, 1], "t": [0.2, 0.8], "density": 0.6, "gamma": 0.1}  # for rules that take them
+
+
+@pytest.mark.slow  # a second each
+@pytest.mark.parametrize("name", [name for name in RULES if name not in RANDOM])
+def test_every_rule_gives_what_mergekit_gives(tmp_path, models, name):
+    """With gradients, and the base last of the models."""
+    rule = RULES[name]
+    count = (rule.most or 2) + (rule.base != "ignored")
+    given = [{"model": models[letter]} for letter in "abc"[:count]]
+    numbers = {key: value for key, value in NUMBERS.items() if key in {**rule.shared, **rule.each}}
+    content = {"merge_method": name, "models": given, "parameters": numbers, "dtype": "float32"}
+    if rule.base != "ignored":
+        content["base_model"] = given[-1]["model"]
+    make(content, tmp_path / "ours")
+    assert_equal(tiny.stored(tmp_path / "ours"), merge(content, tmp_path / "theirs"), 2e-6)
+
+
 @pytest.mark.parametrize(
     "rules", [rules for rules in [("linear", "linear"), ("slerp", "ties")] if {*rules} <= {*RULES}]
 )
