@@ -500,6 +500,32 @@ def test_a_result_tells_its_configuration(tmp_path, models):
     assert plan({key: value for key, value in recipe.items() if key != "output"}).size
 
 
+def weights_in(content: dict[str, Any]) -> list[float]:
+    return [part.weight for part in plan(content).checkpoint.parts]
+
+
+def test_the_weights_that_a_result_tells(models):
+    """Mean factors: of sums the models' weights, of stacks their shares of the elements."""
+    given = [{"model": models[m], "parameters": {"weight": w}} for m, w in (("a", [0, 2]), ("b", 1), ("c", 0))]
+    norms = {"filter": "norm", "value": False}
+    content = {"merge_method": "linear", "models": given, "parameters": {"normalize": [norms, {"value": True}]}}
+    a, b, c = weights_in(content)
+    tensors = tiny.stored(Path(models["a"]))
+    first = second = 0.0
+    for name, tensor in tensors.items():
+        weight = 2 * int(name.split(".")[2]) / 3 if ".layers." in name else 0
+        total = 1 if "norm" in name else 1 + weight
+        first, second = first + weight / total * tensor.numel(), second + tensor.numel() / total
+    size = sum(tensor.numel() for tensor in tensors.values())
+    assert (a, b, c) == pytest.approx((first / size, second / size, 0))
+    assert weights_in({"method": "average", "checkpoints": [models["c"]]}) == [1]
+    parts = [{"sources": [{"model": models[m], "layer_range": [0, n]}]} for m, n in (("a", 3), ("b", 1))]
+    layer = sum(tensor.numel() for name, tensor in tensors.items() if ".layers.0." in name)
+    after = tensors["model.norm.weight"].numel() + tensors["lm_head.weight"].numel()
+    share = (layer + after) / size
+    assert weights_in({"merge_method": "passthrough", "slices": parts}) == pytest.approx([1 - share, share])
+
+
 # ---- what is refused, and what is said ----------------------------------------------------------------
 
 
