@@ -1,6 +1,7 @@
 """mergekit's configurations against mergekit, tensor by tensor; what it does not do against float64."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
+from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.methods.merging import RULES
 from merger.recipe import parse_document
 from merger.run import Options, plan_of
@@ -524,6 +525,23 @@ def test_the_weights_that_a_result_tells(models):
     after = tensors["model.norm.weight"].numel() + tensors["lm_head.weight"].numel()
     share = (layer + after) / size
     assert weights_in({"merge_method": "passthrough", "slices": parts}) == pytest.approx([1 - share, share])
+
+
+def test_moments_are_not_those_of_other_layers(tmp_path, models):
+    """Of a model as it lies there they are carried, of one that was made of its layers they are not."""
+    from safetensors.torch import save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(models["a"], source)
+    moments = {
+        f"{kind}.{name}": t.clone() for name, t in tiny.stored(source).items() for kind in ("exp_avg", "exp_avg_sq")
+    }
+    save_file(moments, source / "optimizer.safetensors")
+    expand = {"method": "expand", "groups": 2, "optimizer": "carry"}
+    assert plan({**expand, "source": str(source)}).checkpoint.optimizer
+    parts = [{"sources": [{"model": str(source), "layer_range": [i, i + 1]}]} for i in (1, 0, 2, 3)]
+    with pytest.raises(SourceError, match="no AdamW moments"):
+        plan({**expand, "source": {"merge_method": "passthrough", "slices": parts}})
 
 
 # ---- what is refused, and what is said ----------------------------------------------------------------
