@@ -23,7 +23,7 @@ def mergekit(module: str) -> ModuleType:
 def merge(content: Mapping[str, Any], output: Path) -> dict[str, torch.Tensor]:
     """What `mergekit-yaml` makes of a configuration: the tensors, under their names on disk."""
     config = mergekit("config").MergeConfiguration.model_validate(dict(content))
-    options = mergekit("options").MergeOptions(write_model_card=False, quiet=True)
+    options = mergekit("options").MergeOptions(write_model_card=False, copy_tokenizer=False, quiet=True)
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from merger.architecture import kept_in_float32
-from merger.checkpoint import Checkpoint
+from merger.checkpoint import Checkpoint, Part
 from merger.dtypes import FROM_TORCH, promote
 from merger.errors import IncompatibleSources, RecipeError
-from merger.expression import Expression, cast
+from merger.expression import Expression, WeightedSum, cast
 from merger.mergekit_config import Configuration
 from merger.methods.combination import merged
 from merger.methods.rules import Group, Rule
 from merger.methods.settings import numbers_of
 from merger.methods.slices import Layout, Region, Share
-
-FEWEST_OF_STOCK = 3  # mergekit's model_stock takes no fewer, the base among them
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,11 @@ class Merging:
             return ()
         if self.rule.absent == "single" and len(having) == 1:
             return having
+        if self.rule.absent == "refused" and self.rule.base == "required" and having == bases:
+            return bases  # nothing is added to it
         if self.rule.absent == "base" and having == bases:
             return having
-        if self.rule.absent == "stock" and len(having) < FEWEST_OF_STOCK:
+        if self.rule.absent == "stock" and len(having) < self.rule.least + (self.rule.base == "required"):
             return bases or None
         return ()
 
@@ -115,6 +115,21 @@ class Merging:
     def _numbers(self, region: Region, share: Share, name: str, t: float) -> Mapping[str, Any]:
         scopes = (share.scope, *region.scopes)
         return numbers_of(self.rule.each, scopes, share.own_name(name), t, f" of {share.model.label}")
+
+
+def parts_of(tensors: Mapping[str, Expression], models: Sequence[Checkpoint]) -> tuple[Part, ...]:
+    """The stored models with their weights in a result: the mean, over its elements, of the factors that their elements
+    have in it; where that is no sum, of 1 for all that take part.
+    """
+    sources = dict.fromkeys(part.source for model in models for part in model.parts)
+    owners = {file: source for source in sources for file in source.files}
+    factors = dict.fromkeys(sources, 0.0)
+    for tensor in tensors.values():
+        for factor, term in tensor.terms if isinstance(tensor, WeightedSum) else ((1.0, tensor),):
+            for source in {owners[leaf.file]: None for leaf in term.leaves() if leaf.file in owners}:
+                factors[source] += factor * tensor.size
+    size = sum(tensor.size for tensor in tensors.values())
+    return tuple(Part(source, factor / size) for source, factor in factors.items())
 
 
 def _lacked_warnings(lacked: Mapping[str, str], made: Mapping[str, Expression]) -> list[str]:

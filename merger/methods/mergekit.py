@@ -22,7 +22,7 @@ from merger.errors import RecipeError
 from merger.expression import Expression
 from merger.mergekit_config import Configuration, Model, Reference, reference_of, references
 from merger.methods.combination import check_models, check_vocabularies, config_warnings, same_head
-from merger.methods.grouping import Merging
+from merger.methods.grouping import Merging, parts_of
 from merger.methods.lora import with_adapter
 from merger.methods.merging import RULES
 from merger.methods.method import Method, Source, Sources, open_source
@@ -73,12 +73,11 @@ class Mergekit(Method):
         layout = layout_of(self.config, models, donor)
         _check_embeddings(layout, donor)
         tensors, warnings = Merging(rule, self.config, donor, self.seed).tensors(layout)
-        parts = dict.fromkeys(part for model in models.values() for part in model.parts)
         made = replace(
             donor,
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
-            parts=tuple(parts),
+            parts=parts_of(tensors, list(models.values())),
             notes=tuple(
                 dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes, *more_notes])
             ),

@@ -54,7 +54,8 @@ def carried(
 
 def _is_stored(origin: Checkpoint) -> bool:
     """Whether it is a model as it stands in its folder, so that what lies beside it is about these weights."""
-    return len(origin.parts) == 1 and origin.origin is None and origin.parts[0].weight == 1.0
+    is_made = origin.origin is not None or origin.texts  # what is stored has no texts of its own
+    return len(origin.parts) == 1 and not is_made and origin.parts[0].weight == 1.0
 
 
 def _check_complete(kind: str, found: Mapping[str, Expression], origin: Checkpoint) -> None:

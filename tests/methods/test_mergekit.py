@@ -1,6 +1,7 @@
 """mergekit's configurations against mergekit, tensor by tensor; what it does not do against float64."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from merger.errors import IncompatibleSources, RecipeError, UnsupportedModel
+from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.methods.merging import RULES
 from merger.recipe import parse_document
 from merger.run import Options, plan_of
@@ -211,6 +212,24 @@ def test_mergekits_examples_run(tmp_path, models, name):
         assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
     else:
         assert_equal(ours, theirs, 2e-5)
+
+
+NUMBERS = {"weight": [0.4, 1], "t": [0.2, 0.8], "density": 0.6, "gamma": 0.1}  # for rules that take them
+
+
+@pytest.mark.slow  # a second each
+@pytest.mark.parametrize("name", [name for name in RULES if name not in RANDOM])
+def test_every_rule_gives_what_mergekit_gives(tmp_path, models, name):
+    """With gradients, and the base last of the models."""
+    rule = RULES[name]
+    count = (rule.most or 2) + (rule.base != "ignored")
+    given = [{"model": models[letter]} for letter in "abc"[:count]]
+    numbers = {key: value for key, value in NUMBERS.items() if key in {**rule.shared, **rule.each}}
+    content = {"merge_method": name, "models": given, "parameters": numbers, "dtype": "float32"}
+    if rule.base != "ignored":
+        content["base_model"] = given[-1]["model"]
+    make(content, tmp_path / "ours")
+    assert_equal(tiny.stored(tmp_path / "ours"), merge(content, tmp_path / "theirs"), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -480,6 +499,49 @@ def test_a_result_tells_its_configuration(tmp_path, models):
     recipe = json.loads((tmp_path / "out" / "merger.json").read_text())["recipe"]
     assert recipe["config"] == content
     assert plan({key: value for key, value in recipe.items() if key != "output"}).size
+
+
+def weights_in(content: dict[str, Any]) -> list[float]:
+    return [part.weight for part in plan(content).checkpoint.parts]
+
+
+def test_the_weights_that_a_result_tells(models):
+    """Mean factors: of sums the models' weights, of stacks their shares of the elements."""
+    given = [{"model": models[m], "parameters": {"weight": w}} for m, w in (("a", [0, 2]), ("b", 1), ("c", 0))]
+    norms = {"filter": "norm", "value": False}
+    content = {"merge_method": "linear", "models": given, "parameters": {"normalize": [norms, {"value": True}]}}
+    a, b, c = weights_in(content)
+    tensors = tiny.stored(Path(models["a"]))
+    first = second = 0.0
+    for name, tensor in tensors.items():
+        weight = 2 * int(name.split(".")[2]) / 3 if ".layers." in name else 0
+        total = 1 if "norm" in name else 1 + weight
+        first, second = first + weight / total * tensor.numel(), second + tensor.numel() / total
+    size = sum(tensor.numel() for tensor in tensors.values())
+    assert (a, b, c) == pytest.approx((first / size, second / size, 0))
+    assert weights_in({"method": "average", "checkpoints": [models["c"]]}) == [1]
+    parts = [{"sources": [{"model": models[m], "layer_range": [0, n]}]} for m, n in (("a", 3), ("b", 1))]
+    layer = sum(tensor.numel() for name, tensor in tensors.items() if ".layers.0." in name)
+    after = tensors["model.norm.weight"].numel() + tensors["lm_head.weight"].numel()
+    share = (layer + after) / size
+    assert weights_in({"merge_method": "passthrough", "slices": parts}) == pytest.approx([1 - share, share])
+
+
+def test_moments_are_not_those_of_other_layers(tmp_path, models):
+    """Of a model as it lies there they are carried, of one that was made of its layers they are not."""
+    from safetensors.torch import save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(models["a"], source)
+    moments = {
+        f"{kind}.{name}": t.clone() for name, t in tiny.stored(source).items() for kind in ("exp_avg", "exp_avg_sq")
+    }
+    save_file(moments, source / "optimizer.safetensors")
+    expand = {"method": "expand", "groups": 2, "optimizer": "carry"}
+    assert plan({**expand, "source": str(source)}).checkpoint.optimizer
+    parts = [{"sources": [{"model": str(source), "layer_range": [i, i + 1]}]} for i in (1, 0, 2, 3)]
+    with pytest.raises(SourceError, match="no AdamW moments"):
+        plan({**expand, "source": {"merge_method": "passthrough", "slices": parts}})
 
 
 # ---- what is refused, and what is said ----------------------------------------------------------------
