@@ -101,7 +101,8 @@ class Checkpoint:
 
     Surgery adds its `origin`, the moments of an optimizer under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, files
     of its own (`texts`, name to content) and paragraphs for the model card. `same` are tensors, by name, that must hold
-    the same bytes in several sources though they are not written.
+    the same bytes in several sources though they are not written. `digests` are of what beside recipe and weights the
+    tensors follow from, such as tokenizers.
     """
 
     tensors: Mapping[str, Expression]
@@ -117,6 +118,7 @@ class Checkpoint:
     paragraphs: tuple[str, ...] = ()
     kin: tuple[Kin, ...] = ()
     same: tuple[tuple[str, Identical], ...] = ()
+    digests: tuple[str, ...] = ()
 
     @property
     def is_adapter(self) -> bool:

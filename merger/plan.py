@@ -172,6 +172,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
             (str(file.path), file.size, file.mtime_ns, file.header_sha256)
             for file in [*files, *sorted(moments, key=lambda file: str(file.path))]
         ],
+        **({"digests": checkpoint.digests} if checkpoint.digests else {}),
         "shards": [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in shards],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -79,6 +79,8 @@ def united(
     vocabulary = Vocabulary(result.ids, size, texts, side_files, rows, tuple(notes))
     ids = [Ids(files, result, models[donor], i == donor, size) for i, files in enumerate(tokenizers)]
     made = [_brought(i, models, of_tensors[i], vocabulary, ids[i]) for i in range(len(models))]
+    digests = tuple(part.digest for part in rows)
+    made = [replace(model, digests=(*model.digests, *digests)) for model in made]
     made[donor] = replace(made[donor], notes=(*made[donor].notes, *notes))
     return made, vocabulary
 

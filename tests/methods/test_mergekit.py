@@ -630,8 +630,9 @@ def test_configurations_that_are_not_well_formed(text, says):
             "slices[0].sources[1].layer_range: [0, 4] has 4 layers, and sources[0] has 3",
         ),
         ("modules: {vision: {models: [{model: <a>}]}}", RecipeError, "modules.vision: is no module"),
-        ("models: [{model: <a>}], tokenizer_source: union", RecipeError, "tokenizer_source: does not work yet"),
-        ("models: [{model: <a>+lora}]", RecipeError, "models[0].model: adapters"),
+        ("models: [{model: <a>}], tokenizer_source: union", UnsupportedModel, "has no tokenizer"),
+        ("models: [{model: <a>}], tokenizer_source: <b>", RecipeError, "is none of the models"),
+        ("models: [{model: <a>+<b>}]", UnsupportedModel, "is a model, not an adapter"),
         ("models: [{model: <a>@main}]", RecipeError, "has no revision"),
         (
             "models: [{model: <a>, parameters: {weight: 1}}, {model: <b>, parameters: {weight: -1}}]",
