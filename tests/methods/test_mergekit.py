@@ -473,8 +473,8 @@ def test_a_chat_template(tmp_path):
     for i, (asked, expected) in enumerate([("auto", TEMPLATES["y"]), (own, own), (None, TEMPLATES["x"])]):
         make({**content, **({"chat_template": asked} if asked else {})}, tmp_path / str(i))
         assert AutoTokenizer.from_pretrained(tmp_path / str(i)).chat_template == expected
-    with pytest.raises(RecipeError, match="chat_template: 'chatlm' is"):
-        plan({**content, "chat_template": "chatlm"})
+    with pytest.raises(RecipeError, match="neither a template nor the name of one"):
+        plan({**content, "chat_template": "chatmal"})
 
 
 def test_recipes_and_configurations_nest(tmp_path, models):
