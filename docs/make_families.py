@@ -25,8 +25,8 @@ by transformers, which writes the names that the family's models have on the Hub
 - **values right**: every element is the sum in float64, rounded once; integers are what they were.
 - **reloads**: transformers loads the result with no key missing, left over or of another shape.
 
-{right} of the {built} that could be made are right in all three; the remarks say what is the matter with the others,
-and why the rest could not be made tiny. `python -m tests.families KIND` looks at one.
+{right} of the {built} that could be made are right in all three; the remarks say what is wrong, and why a family could
+not be made tiny. `python -m tests.families KIND` looks at one.
 
 | family | tensors | keys kept | values right | reloads | remarks |
 |---|---|---|---|---|---|
@@ -35,8 +35,7 @@ PEER = """
 ## What mergekit does with the same files
 
 mergekit {mergekit} with `merge_method: linear`, `dtype: float32` and the same weights, on the families of which it is
-known that it loses weights, writes other names, or fails. "Other names" are those of the model in memory, under which
-transformers 5 finds the weights again; other readers of the Hub's layout do not.
+known that it loses weights, writes other names, or fails. The other names are those of the model in memory.
 
 | family | merger | mergekit |
 |---|---|---|

@@ -310,7 +310,7 @@ def peer(folder: Path, kind: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"fails: {' '.join(last[-1].split())[:110].replace(str(folder), '.')}" if last else "fails"
+        return f"fails: {' '.join(last[-1].split()).replace(f'{folder}/', '')[:110]}" if last else "fails"
     words = _compared(stored(folder / "peer"), stored(folder / "a"), stored(folder / "b"))
     return words if words == "the same" else f"{words}; {_loaded(folder / 'peer', kind)}"
 
