@@ -13,6 +13,8 @@ from tests.checkpoints import as_float64, read_raw
 from tests.methods.making import make, plan
 from tests.vocabularies import CODE, ENGLISH, KINDS, tokenizer, vocabulary, write_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT
+
 EMBEDDING = "model.embed_tokens.weight"
 
 
