@@ -169,10 +169,37 @@ def with_license_files(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, side_files={**checkpoint.side_files, **found}) if found else checkpoint
 
 
-def _read_text(path: Path) -> bytes:
+def without_code(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, none of whose files asks that code of its own be run (`auto_map`). Raises SourceError."""
+    config = {key: value for key, value in (checkpoint.config or {}).items() if key != "auto_map"}
+    given = {name: _read_text(path, None).decode(errors="replace") for name, path in _settings_of(checkpoint).items()}
+    asking = {name: text for name, text in {**given, **checkpoint.texts}.items() if '"auto_map"' in text}
+    texts = {name: _without(text, "auto_map") for name, text in asking.items() if name.endswith(".json")}
+    return replace(
+        checkpoint,
+        config=config if checkpoint.config is not None else None,
+        texts={**checkpoint.texts, **texts},
+    )
+
+
+def _settings_of(checkpoint: Checkpoint) -> Mapping[str, Path]:
+    """The side files that say which classes of a library to use."""
+    return {name: path for name, path in checkpoint.side_files.items() if name.endswith("_config.json")}
+
+
+def _without(text: str, key: str) -> str:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return text
+    kept = {name: value for name, value in content.items() if name != key} if isinstance(content, dict) else content
+    return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read_text(path: Path, limit: int | None = MAX_TEXT) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(MAX_TEXT)
+            return file.read(limit)
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", where=str(path)) from error
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, TypeAdapter, 
 
 from merger import mergekit_config
 from merger.baklava import Baklava
-from merger.checkpoint import Checkpoint, in_dtype, with_license_files
+from merger.checkpoint import Checkpoint, in_dtype, with_license_files, without_code
 from merger.dtypes import FROM_TORCH
 from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.evaluation import TASKS, Evaluation, Measured
@@ -300,9 +300,8 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
         giver = sources.open(Member(document.output.side_files_from, None))
         checkpoint = _with_side_files(checkpoint, giver)
     _check_code(document, checkpoint)
-    if document.output.drop_code and checkpoint.config:
-        config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-        checkpoint = replace(checkpoint, config=config)
+    if document.output.drop_code:
+        checkpoint = without_code(checkpoint)
     if document.output.dtype:
         checkpoint = in_dtype(dequantized(checkpoint), FROM_TORCH[document.output.dtype])
     return with_license_files(checkpoint)

@@ -15,7 +15,7 @@ import merger
 from merger.assessment import Evidence
 from merger.checkpoint import Part, parents_of, root_of
 from merger.dtypes import DTYPES
-from merger.expression import File
+from merger.expression import File, Identical, Stored, WeightedSum
 from merger.licenses import verdict
 from merger.lineage import front_matter
 from merger.plan import Plan
@@ -142,10 +142,16 @@ def model_card(plan: Plan, evidence: Evidence = NONE, *, picture: str = "", extr
         notes=[*plan.checkpoint.warnings, *plan.checkpoint.notes],
         paragraphs=plan.checkpoint.paragraphs,
         evidence=evidence,
+        is_sum=_is_sum(plan),
         claim=origin.says if (origin := root_of(plan.checkpoint)) else "",
         version=merger.__version__,
         fingerprint=plan.fingerprint,
     )
+
+
+def _is_sum(plan: Plan) -> bool:
+    """Whether every tensor is stored in a source, or a weighted sum of such."""
+    return all(isinstance(tensor, Stored | WeightedSum | Identical) for tensor in plan.checkpoint.tensors.values())
 
 
 def notices(plan: Plan) -> dict[str, str]:

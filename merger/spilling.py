@@ -34,6 +34,7 @@ from merger.kernels import Bytes, count_non_finite, weighted_sum
 from merger.measuring import measured
 from merger.plan import Shard
 from merger.reader import OpenFiles, read
+from merger.scaled_kernels import TABLES, count_non_finite_codes
 from merger.storage.disk import page_aligned, round_up
 from merger.whole import AT_ONCE, Making, Tensors, Whole, wholes_in
 
@@ -332,6 +333,8 @@ class _Loaded(Tensors):
 
 
 def _is_odd(leaf: Stored, inputs: OpenFiles) -> bool:
+    if leaf.dtype in TABLES:
+        return bool(count_non_finite_codes(evaluate(leaf, inputs), leaf.dtype))
     return DTYPES[leaf.dtype].is_float and bool(count_non_finite(evaluate(leaf, inputs), leaf.dtype))
 
 

@@ -322,9 +322,12 @@ def test_a_model_with_code_of_its_own_is_refused(server, with_code):
 
 
 def test_code_is_dropped_on_request_and_never_published(server, with_code):
+    settings = {"model_max_length": 64, "auto_map": {"AutoTokenizer": ["tokens.Tokenizer", None]}, "x": "y" * (2 << 20)}
+    server.write("org/a", {"tokenizer_config.json": json.dumps(settings).encode()})
     push(drop_code=True)
     found = published(server)
     assert json.loads(found["config.json"]) == {"model_type": "llama"}
+    assert json.loads(found["tokenizer_config.json"]) == {k: v for k, v in settings.items() if k != "auto_map"}
     assert not [name for name in found if name.endswith(".py")]
 
 

@@ -22,7 +22,7 @@ from tests.service.processes import KEY, Service, free_port, recipe, write_run
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    write_run(folder / "run", shards=3, megabytes=1)
+    write_run(folder / "run", shards=3, megabytes=1, checkpoints=3)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(Path("run"), "out", 1)))
     service = Service(folder)
     try:
@@ -57,6 +57,37 @@ def test_a_job_gives_the_bytes_of_merger_run(service: Service, monkeypatch: pyte
     for name in names - {"report.html", "merger.json", "README.md", "distances.png"}:
         assert (job / name).read_bytes() == (alone / name).read_bytes(), name
     assert merger(service, "verify", "same/job").returncode == 0
+
+
+MERGES = {
+    "dare": {
+        "merge_method": "dare_ties",
+        "base_model": "<0>",
+        "models": [{"model": f"<{i}>", "parameters": {"weight": 0.5, "density": 0.4}} for i in (1, 2)],
+        "dtype": "bfloat16",
+    },
+    "ties": {"method": "ties", "base": "<0>", "models": ["<1>", "<2>"], "trim": "model"},
+}
+
+
+@pytest.mark.parametrize("name", list(MERGES))
+def test_merges_as_jobs_give_the_same_bytes(service: Service, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is drawn and what is measured does not depend on who makes which shard."""
+    steps = sorted(path.name for path in (service.folder / "run").iterdir())
+    text = json.dumps(MERGES[name])
+    for i, step in enumerate(steps[:3]):
+        text = text.replace(f"<{i}>", f"run/{step}")
+    content = {**json.loads(text), "output": {"shard_size": "1MB"}}
+    (service.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    done = merger(service, "submit", f"{name}.yaml", "--wait", "-o", f"{name}/job")
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(service.folder)
+    run(make_document({**content, "output": {"shard_size": "1MB", "path": f"{name}/run"}}), Options(threads=1), Silent())
+    job, alone = service.folder / name / "job", service.folder / name / "run"
+    shards = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        assert (job / shard).read_bytes() == (alone / shard).read_bytes(), shard
 
 
 def test_surgery_as_a_job_gives_the_same_bytes_and_its_proof(
