@@ -22,7 +22,7 @@ Bytes = NDArray[np.uint8]
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-_CHUNK = 1024  # elements: what a chunk needs stays in the first-level cache
+_CHUNK = 512  # elements: what a chunk needs stays in the first-level cache
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -164,7 +164,7 @@ def list_by_variance(inputs: Inputs, count: int, first: int, bound: Sequence[int
 
 # ---- ranks within rows --------------------------------------------------------------------------------
 
-_BUCKETS, _BUCKET = 4096, np.uint32(19)  # of keys with the same twelve upper bits
+_BUCKETS, _BUCKET = 16384, np.uint32(17)  # of keys with the same fourteen upper bits
 
 
 @compiled

@@ -8,7 +8,6 @@ A document is a recipe with `output`. Paths are relative to the folder in which 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 

@@ -82,7 +82,9 @@ def test_merges_as_jobs_give_the_same_bytes(service: Service, monkeypatch: pytes
     done = merger(service, "submit", f"{name}.yaml", "--wait", "-o", f"{name}/job")
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.chdir(service.folder)
-    run(make_document({**content, "output": {"shard_size": "1MB", "path": f"{name}/run"}}), Options(threads=1), Silent())
+    run(
+        make_document({**content, "output": {"shard_size": "1MB", "path": f"{name}/run"}}), Options(threads=1), Silent()
+    )
     job, alone = service.folder / name / "job", service.folder / name / "run"
     shards = sorted(path.name for path in alone.glob("*.safetensors"))
     assert len(shards) > 1
