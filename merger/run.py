@@ -7,8 +7,7 @@ import gc
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +245,7 @@ def _make(
     with publish.taken(output, plan):
         earlier = publish.finished_shards(output, plan)
         try:
-            receipts, figures, picture = _write(plan, output, allotment, options, progress, earlier, uploads)
+            receipts, figures = _write(plan, output, allotment, options, progress, earlier, uploads)
             if plan.checkpoint.origin and options.parity != "off":
                 progress.phase("comparing logits with the source's")
             checks = verified(plan, output, receipts, options.parity)
@@ -255,7 +254,7 @@ def _make(
             raise
         found, evidence = measured(document, plan, output, means.judge, evidence)
         checks += found
-        complete(plan, output, receipts, checks, figures, evidence, picture)
+        complete(plan, output, receipts, checks, figures, evidence)
         address = uploads.finish(plan, receipts) if uploads else None
         if document.output.path is None:
             publish.remove(output)
@@ -272,8 +271,8 @@ def _write(
     progress: Progress,
     earlier: Sequence[Receipt],
     uploads: Uploads | None,
-) -> tuple[list[Receipt], Figures, Mapping[str, bytes]]:
-    """Make the shards that are left; the report's first picture is drawn while the disk is at work."""
+) -> tuple[list[Receipt], Figures]:
+    """Make the shards that are left."""
     left = left_of(plan, earlier)
 
     def finished(receipt: Receipt) -> None:
@@ -283,23 +282,21 @@ def _write(
 
     kernels.load()
     progress.begin(plan.size, plan.size - sum(shard.size for shard in left))
-    with ThreadPoolExecutor(1) as aside:
-        drawing = aside.submit(gallery.main_picture, plan)
-        began = time.perf_counter()
-        made = write_shards(
-            left,
-            output,
-            allotment,
-            plan.fingerprint,
-            strict=options.strict,
-            cached=cached_files(plan, options.cache),
-            on_bytes=progress.advance,
-            on_shard=finished,
-        )
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    made = write_shards(
+        left,
+        output,
+        allotment,
+        plan.fingerprint,
+        strict=options.strict,
+        cached=cached_files(plan, options.cache),
+        on_bytes=progress.advance,
+        on_shard=finished,
+    )
+    seconds = time.perf_counter() - began
     read, written = sum(shard.read_size for shard in left), sum(shard.size for shard in left)
     figures = Figures(seconds, read, written, allotment.threads, allotment.memory)
-    return [*earlier, *made], figures, drawing.result()
+    return [*earlier, *made], figures
 
 
 def left_of(plan: Plan, earlier: Sequence[Receipt]) -> list[Shard]:
@@ -369,12 +366,9 @@ def complete(
     checks: Sequence[Check],
     figures: Figures,
     evidence: Evidence = NONE,
-    picture: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Put the side files, the card, the report and the config beside the shards; `picture` is the report's first,
-    where it was drawn already.
-    """
-    main = picture or gallery.main_picture(plan)
+    """Put the side files, the card, the report and the config beside the shards."""
+    main = gallery.main_picture(plan)
     pictures = {
         **main,
         **gallery.lines(evidence.assessment),
