@@ -163,26 +163,34 @@ class Cluster:
 
     def start_head(self) -> None:
         ports = [f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
-        self.head = self._start("head", "--head", "--num-cpus=0", f"--temp-dir={self.folder}", *ports)
-        self.answers()
+        self.head = self._started("head", 1, "--head", "--num-cpus=0", f"--temp-dir={self.folder}", *ports)
 
     def start_node(self, alive: int) -> None:
         """Start a node and wait until so many are alive: two that start at once on one machine confuse each other."""
-        self.nodes.append(self._start(f"node-{len(self.nodes)}", f"--address=127.0.0.1:{self.gcs}", "--num-cpus=2"))
-        self.answers(alive)
+        name = f"node-{len(self.nodes)}"
+        self.nodes.append(self._started(name, alive, f"--address=127.0.0.1:{self.gcs}", "--num-cpus=2"))
 
-    def answers(self, nodes: int = 1) -> None:
-        """Wait until the head tells of so many living nodes."""
+    def _started(self, name: str, alive: int, *options: str) -> subprocess.Popen[bytes]:
+        """A process of the cluster, once so many nodes are alive. One that does not come up (another program was faster
+        to take a port) is started once more.
+        """
+        for seconds in (30, 60):
+            process = self._start(name, *options)
+            with contextlib.suppress(AssertionError):
+                until(lambda: self._alive() >= alive, seconds, 0.2)
+                return process
+            kill_tree(process.pid)
+            process.wait()
+        raise AssertionError((self.folder / f"{name}.log").read_text()[-4000:])
+
+    def _alive(self) -> int:
+        """How many living nodes the head tells of."""
         headers = {"Authorization": f"Bearer {self.token}"}
         url = f"http://127.0.0.1:{self.dashboard}/api/v0/nodes?detail=1"
-
-        def look() -> bool:
-            with contextlib.suppress(httpx2.HTTPError, ValueError, KeyError):
-                found = httpx2.get(url, headers=headers).json()["data"]["result"]["result"]
-                return sum(node["state"] == "ALIVE" for node in found) >= nodes
-            return False
-
-        until(look, 60, 0.2)
+        with contextlib.suppress(httpx2.HTTPError, ValueError, KeyError):
+            found = httpx2.get(url, headers=headers).json()["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in found)
+        return 0
 
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
