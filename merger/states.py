@@ -4,7 +4,6 @@ Two processes may train one stage at once, one of them left behind by a runner t
 compute the same, so it is enough that whatever they write appears whole, and that they take no name from each other.
 """
 
-import contextlib
 import glob
 import json
 import os
@@ -55,11 +54,16 @@ class States:
         """Write a state; whole or not at all."""
         if is_finished(self._folder, self._key):
             return  # by another process, which has cleaned up
-        temporary = self._own("state")
+        made = self._own("state")  # a folder: who is killed while it writes leaves files of safetensors' own names
         told = {"key": self._key, "first": str(state.first), "step": str(state.step)}
-        save_file(dict(state.tensors), temporary, told)
-        with contextlib.suppress(FileNotFoundError):  # cleaned up meanwhile
-            temporary.replace(self._state)
+        try:
+            made.mkdir(exist_ok=True)
+            save_file(dict(state.tensors), made / self._state.name, told)
+            (made / self._state.name).replace(self._state)
+            made.rmdir()
+        except (OSError, SafetensorError):
+            if not is_finished(self._folder, self._key):  # by another process, which has cleaned up
+                raise
 
     def finish(self, save: Callable[[Path], None]) -> None:
         """Put the model that `save` writes in its place, and remove what was kept. Raises what `save` does."""
@@ -73,10 +77,7 @@ class States:
                 raise
         self._state.unlink(missing_ok=True)
         for left in self._folder.parent.glob(f".{glob.escape(self._folder.name)}.part-*"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True)
 
     def _publish(self, made: Path) -> None:
         try:

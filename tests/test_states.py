@@ -39,6 +39,20 @@ def test_a_state_is_found_again_by_its_own_stage_only(tmp_path):
     assert States(tmp_path / "run-2", "key").kept() is None
 
 
+def test_who_is_killed_while_it_writes_leaves_nothing_behind(tmp_path, monkeypatch):
+    """safetensors writes to a file of a name of its own, and then renames it."""
+
+    def killed(_tensors, path, _told):
+        path.with_name(".tmpup9G1w").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("merger.states.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        States(tmp_path / "run", "key").keep(state(7))
+    States(tmp_path / "run", "key").finish(save("done"))
+    assert names(tmp_path) == ["run"]
+
+
 def test_a_damaged_state_is_no_state(tmp_path):
     States(tmp_path / "run", "key").keep(state(7))
     [path] = tmp_path.iterdir()
@@ -48,7 +62,8 @@ def test_a_damaged_state_is_no_state(tmp_path):
 
 def test_a_finished_model_leaves_nothing_else_behind(tmp_path):
     (tmp_path / ".run.part-model-1-killed").mkdir()
-    (tmp_path / ".run.part-state-1-killed").write_text("half")
+    (tmp_path / ".run.part-state-1-killed").mkdir()
+    (tmp_path / ".run.part-state-1-killed" / ".tmpx1").write_text("half")
     (tmp_path / ".run-2.part-state-1-other").write_text("another stage's")
     states = States(tmp_path / "run", "key")
     states.keep(state(7))
