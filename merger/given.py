@@ -22,7 +22,7 @@ class Given(Made):
     shape: tuple[int, ...]
     content: bytes
 
-    def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:  # noqa: ARG002
+    def values(self, start: int, stop: int, fetch: Fetch) -> Bytes:
         return np.frombuffer(self.content, np.uint8)[start * self.itemsize : stop * self.itemsize].copy()
 
     def rows(self, first: int, last: int) -> "Given":
