@@ -22,7 +22,7 @@ Bytes = NDArray[np.uint8]
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-_CHUNK = 512  # elements: what a chunk needs stays in the first-level cache
+_CHUNK = 1024  # elements: what a chunk needs stays in the first-level cache
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -170,24 +170,28 @@ def to_float16(value: Any) -> Any:
 
 
 @compiled
-def _accumulate(sums: Any, address: Any, code: Any, weight: Any) -> None:
-    """sums[i] += weight * x[i] for the array of type `code` at `address`."""
+def _accumulate(sums: Any, address: Any, code: Any, weight: Any, first: Any) -> None:
+    """sums[i] = weight * x[i] for the `first` term, += for the others; x is the array of type `code` at `address`."""
     if code == 0:
         bfloats = carray(to_uint16(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * np.float64(from_bfloat16(bfloats[i]))
+            term = weight * np.float64(from_bfloat16(bfloats[i]))
+            sums[i] = term if first else sums[i] + term
     elif code == 1:
         halves = carray(to_uint16(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * np.float64(from_float16(halves[i]))
+            term = weight * np.float64(from_float16(halves[i]))
+            sums[i] = term if first else sums[i] + term
     elif code == 2:
         floats = carray(to_float32(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * np.float64(floats[i])
+            term = weight * np.float64(floats[i])
+            sums[i] = term if first else sums[i] + term
     else:
         doubles = carray(to_float64(address), sums.size)
         for i in range(sums.size):
-            sums[i] += weight * doubles[i]
+            term = weight * doubles[i]
+            sums[i] = term if first else sums[i] + term
 
 
 @compiled
@@ -250,9 +254,8 @@ def _weighted_sum(
     scratch = np.empty(_CHUNK, np.float32)
     for start in range(0, count, _CHUNK):
         sums = buffer[: min(_CHUNK, count - start)]
-        sums[:] = -0.0  # the identity of addition: 0.0 would turn a sum of -0.0 into 0.0
         for term in range(addresses.size):
-            _accumulate(sums, addresses[term] + np.uint64(start * sizes[term]), codes[term], weights[term])
+            _accumulate(sums, addresses[term] + np.uint64(start * sizes[term]), codes[term], weights[term], term == 0)
         bad += _round(sums, scratch[: sums.size], out + np.uint64(start * out_size), out_code)
     return bad
 
@@ -310,8 +313,7 @@ def load() -> None:
 @compiled
 def _widen(values: Any, address: Any, code: Any) -> None:
     """The array of type `code` at `address` as float64."""
-    values[:] = -0.0
-    _accumulate(values, address, code, 1.0)
+    _accumulate(values, address, code, 1.0, True)
 
 
 @compiled
