@@ -8,6 +8,12 @@ from merger.shaping import columns, rows
 
 Layer = Mapping[str, Expression]
 
+# What transformers 5 holds of all experts as one tensor, [experts, rows, columns], by what an expert's own are called.
+_FUSED = {
+    "gate_up_proj": (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),
+    "down_proj": (("down_proj.weight",), ("w2.weight",)),
+}
+
 EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 # One row, matrix or number an expert.
 BY_EXPERT = re.compile(
@@ -15,6 +21,26 @@ BY_EXPERT = re.compile(
     r"|e_score_correction_bias$|expert_bias$|per_expert_scale$"
     r"|experts\.(gate_up_proj|down_proj)(_bias)?$|block_sparse_moe\.(input|output)_linear\.weight$"
 )
+
+
+def fused(names: Sequence[str]) -> dict[str, list[str]]:
+    """The names of experts' matrices, in their order, by the name of the tensor that transformers 5 makes of them."""
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for name in names:
+        match = EXPERT.match(name)
+        if match is None:
+            continue
+        prefix = match[1].replace("block_sparse_moe.", "mlp.")
+        for whole, kinds in _FUSED.items():
+            for kind in (kind for kind in kinds if match[3] in kind):
+                found.setdefault(f"{prefix}.{whole}", {})[int(match[2]), kind.index(match[3])] = name
+    return {whole: [members[place] for place in sorted(members)] for whole, members in found.items()}
+
+
+def number_of(name: str) -> int | None:
+    """Which expert a tensor belongs to; None where it is no expert's alone."""
+    match = EXPERT.match(name)
+    return int(match[2]) if match else None
 
 
 def has_experts(layer: Layer) -> bool:

@@ -14,7 +14,7 @@ from merger.expression import MARGIN, ByteRange, Expression, Fetch, Filled, Join
 from merger.given import Given
 from merger.kernels import Bytes
 from merger.scaled import Scaled
-from merger.whole import Part, Whole
+from merger.whole import Part
 
 
 @final
@@ -87,7 +87,9 @@ class Transposed(Expression):
 
 
 def rows(whole: Expression, first: int, last: int) -> Expression:
-    """Rows `first` to `last` (along the first axis) of a tensor. Raises UnsupportedModel where it cannot be divided."""
+    """Rows `first` to `last` (along the first axis) of a tensor. Raises UnsupportedModel for elements of less than a
+    byte.
+    """
     shape = (last - first, *whole.shape[1:])
     if shape == whole.shape:
         return whole
@@ -114,10 +116,8 @@ def rows(whole: Expression, first: int, last: int) -> Expression:
             made = replace(whole, shape=shape, terms=terms)
         case Joined() if all(part.shape[1:] == whole.shape[1:] for part in whole.parts):
             made = _rows_of_joined(whole, first, last, shape)
-        case Whole():
-            made = Part(whole.dtype, shape, whole, first * row)
         case _:
-            _refuse(whole)
+            made = Part(whole.dtype, shape, whole, first * row)
     return made
 
 
@@ -129,6 +129,17 @@ def _rows_of_joined(whole: Joined, first: int, last: int, shape: tuple[int, ...]
             parts.append(rows(part, max(first, begin) - begin, min(last, end) - begin))
         begin = end
     return parts[0] if len(parts) == 1 else join(parts, shape)
+
+
+def stretch(whole: Expression, first: int, shape: tuple[int, ...]) -> Expression:
+    """The elements of a tensor from `first` on that fill a shape: one of the parts that it is joined of, or a `Part`."""
+    if isinstance(whole, Joined):
+        begin = 0
+        for part in whole.parts:
+            if begin == first and part.shape == shape:
+                return part
+            begin += part.size
+    return Part(whole.dtype, shape, whole, first)
 
 
 def columns(whole: Expression, first: int, last: int) -> Expression:

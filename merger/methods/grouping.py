@@ -2,20 +2,23 @@
 models lack. Knows rules and regions; reads no weights.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merger.architecture import kept_in_float32
 from merger.checkpoint import Checkpoint, Part
-from merger.dtypes import FROM_TORCH, promote
+from merger.dtypes import DTYPES, FROM_TORCH, promote
 from merger.errors import IncompatibleSources, RecipeError
-from merger.expression import Expression, WeightedSum, cast
+from merger.expression import Expression, WeightedSum, cast, join
 from merger.mergekit_config import Configuration
 from merger.methods.combination import merged
 from merger.methods.rules import Group, Rule
 from merger.methods.settings import numbers_of
 from merger.methods.slices import Layout, Region, Share
+from merger.mixtures import fused, number_of
+from merger.shaping import stretch
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,19 @@ class Merging:
     config: Configuration
     donor: Checkpoint
     seed: int
+    fused: bool = False  # experts of a layer as one tensor
 
     def tensors(self, layout: Layout) -> tuple[dict[str, Expression], list[str]]:
         """All tensors, and warnings about those that some models lack."""
         made: dict[str, Expression] = {}
         lacked: dict[str, str] = {}
         for region in layout.regions:
+            together = fused(region.names()) if self.fused else {}
+            for whole, names in together.items():
+                made |= self._divided(whole, names, region)
             for name in region.names():
+                if name in made:
+                    continue
                 having = [share for share in region.shares if name in share.model.tensors]
                 if len(having) < len(region.shares):
                     lacked[name] = next(s.model.label for s in region.shares if name not in s.model.tensors)
@@ -40,6 +49,18 @@ class Merging:
                 if tensor is not None:
                     made[name] = tensor
         return made, _lacked_warnings(lacked, made)
+
+    def _divided(self, whole: str, names: Sequence[str], region: Region) -> dict[str, Expression]:
+        """Experts' tensors, parts of the one that is made of all of them. Raises RequestError."""
+        shares = [_with_fused(share, whole, names) for share in region.shares]
+        tensor = self._tensor(whole, replace(region, shares=tuple(shares)), shares)
+        assert tensor is not None  # all have it
+        parts, first = {}, 0
+        for name in names:
+            shape = region.shares[0].model.tensors[name].shape
+            parts[name] = stretch(tensor, first, shape)
+            first += math.prod(shape)
+        return parts
 
     def _tensor(self, name: str, region: Region, having: Sequence[Share]) -> Expression | None:
         """The tensor of a name, None where there are too few to make one. Raises RequestError."""
@@ -115,6 +136,24 @@ class Merging:
     def _numbers(self, region: Region, share: Share, name: str, t: float) -> Mapping[str, Any]:
         scopes = (share.scope, *region.scopes)
         return numbers_of(self.rule.each, scopes, share.own_name(name), t, f" of {share.model.label}")
+
+
+def _with_fused(share: Share, whole: str, names: Sequence[str]) -> Share:
+    """What a model gives, with its experts' tensors as one. Raises IncompatibleSources where it lacks some."""
+    remedy = "Leave `expert_granularity` out: each expert is merged by itself then."
+    lacking = [name for name in names if name not in share.model.tensors]
+    if lacking:
+        raise IncompatibleSources(f"is missing in {share.model.label}", where=f"tensor {lacking[0]!r}", remedy=remedy)
+    tensors = [share.model.tensors[name] for name in names]
+    shapes, dtypes = {tensor.shape for tensor in tensors}, {tensor.dtype for tensor in tensors}
+    if len(shapes) > 1 or len(dtypes) > 1 or not DTYPES[tensors[0].dtype].is_float:
+        problem = f"the experts of {share.model.label} are not matrices of one shape and one floating dtype"
+        raise IncompatibleSources(problem, where=f"tensor {whole!r}", remedy=remedy)
+    each = len(tensors) // len({number_of(name) for name in names})
+    rows, *others = tensors[0].shape
+    joined = join(tensors, (len(tensors) // each, each * rows, *others))
+    own = next(iter(fused([share.own_name(name) for name in names])))
+    return replace(share, model=replace(share.model, tensors={whole: joined}), names={whole: own})
 
 
 def parts_of(tensors: Mapping[str, Expression], models: Sequence[Checkpoint]) -> tuple[Part, ...]:

@@ -45,6 +45,9 @@ class Mergekit(Method):
         default_factory=dict, description="Recipes, or models, by the names that the configuration has for them."
     )
     seed: int = Field(default=0, ge=0, description="Of the merge methods that draw at random.")
+    expert_granularity: Literal["expert", "fused"] = Field(
+        default="expert", description="Experts are merged each by itself, or all of a layer as one (mergekit does so)."
+    )
 
     paper: ClassVar[str] = "Arcee's MergeKit, arXiv 2403.13257"
     example: ClassVar[str] = (
@@ -72,7 +75,8 @@ class Mergekit(Method):
         donor = models[reference_of(self.config.base_model)] if self.config.base_model else next(iter(models.values()))
         layout = layout_of(self.config, models, donor)
         _check_embeddings(layout, donor)
-        tensors, warnings = Merging(rule, self.config, donor, self.seed).tensors(layout)
+        merging = Merging(rule, self.config, donor, self.seed, self.expert_granularity == "fused")
+        tensors, warnings = merging.tensors(layout)
         made = replace(
             donor,
             tensors=tensors,

@@ -193,7 +193,7 @@ class Method(BaseModel, ABC):
         return self, ()
 
 
-BESIDE = ("merges", "seed")  # our own fields beside those of a mergekit configuration
+BESIDE = ("merges", "seed", "expert_granularity")  # our own fields beside those of a mergekit configuration
 
 
 def _unfolded(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from merger.errors import IncompatibleSources, RecipeError, SourceError, UnsupportedModel
 from merger.methods.merging import RULES
@@ -17,7 +18,7 @@ from tests import tiny
 from tests.methods.making import make, plan
 from tests.peer import merge
 
-KINDS = {"llama": "abc", "qwen2": "de", "gpt2": "fg", "mixtral": "mn"}
+KINDS = {"llama": "abc", "qwen2": "de", "gpt2": "fg", "mixtral": "mno", "qwen3_moe": "rst"}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,90 @@ def test_every_rule_gives_what_mergekit_gives(tmp_path, models, name):
         content["base_model"] = given[-1]["model"]
     make(content, tmp_path / "ours")
     assert_equal(tiny.stored(tmp_path / "ours"), merge(content, tmp_path / "theirs"), 2e-6)
+
+
+def as_transformers_has_them(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names that mergekit writes: the experts of a layer as one."""
+    made: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, tensor in stored.items():
+        prefix, _, rest = name.replace("block_sparse_moe", "mlp").partition(".experts.")
+        if rest:
+            number, kind, _ = rest.split(".")
+            experts.setdefault(prefix, {}).setdefault(int(number), {})[kind] = tensor
+        else:
+            made[prefix] = tensor
+    for prefix, numbered in experts.items():
+        gate, up, down = ("w1", "w3", "w2") if "w1" in numbered[0] else ("gate_proj", "up_proj", "down_proj")
+        each = [numbered[i] for i in range(len(numbered))]
+        made[f"{prefix}.experts.gate_up_proj"] = torch.stack([torch.cat([one[gate], one[up]]) for one in each])
+        made[f"{prefix}.experts.down_proj"] = torch.stack([one[down] for one in each])
+    return made
+
+
+@pytest.mark.slow  # a second each
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in RANDOM])
+def test_fused_experts_give_what_mergekit_gives(tmp_path, models, kind, name):
+    """A gradient and a filter on the fused name too; without the option the rules that look at whole tensors differ."""
+    rule = RULES[name]
+    given = [{"model": models[letter]} for letter in KINDS[kind][: (rule.most or 2) + (rule.base != "ignored")]]
+    numbers = {key: value for key, value in NUMBERS.items() if key in {**rule.shared, **rule.each}}
+    if "weight" in rule.each:
+        numbers["weight"] = [{"filter": "mlp.experts.gate_up", "value": [0.3, 0.9]}, {"value": 0.5}]
+    content = {"merge_method": name, "models": given, "parameters": numbers, "dtype": "float32"}
+    if rule.base != "ignored":
+        content["base_model"] = given[-1]["model"]
+    make({**content, "expert_granularity": "fused"}, tmp_path / "ours")
+    ours = tiny.stored(tmp_path / "ours")
+    assert ours.keys() == tiny.stored(Path(given[0]["model"])).keys()
+    theirs = merge(content, tmp_path / "theirs")
+    assert_equal(as_transformers_has_them(ours), theirs, 2e-6)
+    if name in ("ties", "slerp", "model_stock"):
+        plain = {key: value for key, value in NUMBERS.items() if key in numbers}
+        make({**content, "parameters": plain}, tmp_path / "x")
+        apart = as_transformers_has_them(tiny.stored(tmp_path / "x"))
+        assert any(not torch.allclose(apart[name], theirs[name], atol=1e-4) for name in theirs if "experts" in name)
+
+
+@pytest.mark.parametrize("name", sorted(RANDOM))
+def test_random_masks_of_fused_experts(tmp_path, models, name):
+    """One mask of the whole tensor, in one pass or block by block: the bytes do not depend on memory."""
+    given = [{"model": models[letter]} for letter in "mno"]
+    numbers = {"weight": 1, "density": 0.5, **({"epsilon": 0.1} if "della" in name else {})}
+    content = {"merge_method": name, "models": given, "base_model": models["o"], "parameters": numbers}
+    content["expert_granularity"] = "fused"
+    make(content, tmp_path / "a")
+    make(content, tmp_path / "b", memory=1 << 20, threads=1)
+    a, b = (tiny.stored(tmp_path / folder) for folder in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    tensor = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    base = tiny.stored(Path(models["o"]))
+    kept = [(a[tensor.format(i)] != base[tensor.format(i)]) for i in (0, 1)]
+    assert not torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("lacking", r"layers\.1\.block_sparse_moe\.experts\.3\.w1\.weight.*is missing in"),
+        ("dtype", "not matrices of one shape and one floating dtype"),
+    ],
+)
+def test_experts_that_cannot_be_fused(tmp_path, models, change, says):
+    other = tmp_path / "other"
+    shutil.copytree(models["n"], other)
+    tensors = tiny.stored(other)
+    odd = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    if change == "lacking":
+        del tensors[odd]
+    else:
+        tensors[odd] = tensors[odd].bfloat16()
+    save_file(tensors, next(other.glob("*.safetensors")), {"format": "pt"})
+    given = [{"model": models["m"]}, {"model": str(other)}]
+    content = {"merge_method": "linear", "models": given, "parameters": {"weight": 1}, "expert_granularity": "fused"}
+    with pytest.raises(IncompatibleSources, match=says):
+        plan(content)
 
 
 @pytest.mark.parametrize(
