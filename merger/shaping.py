@@ -132,7 +132,7 @@ def _rows_of_joined(whole: Joined, first: int, last: int, shape: tuple[int, ...]
 
 
 def stretch(whole: Expression, first: int, shape: tuple[int, ...]) -> Expression:
-    """The elements of a tensor from `first` on that fill a shape: one of the parts that it is joined of, or a `Part`."""
+    """The elements of a tensor from `first` on that fill a shape: one of those that it is joined of, or a `Part`."""
     if isinstance(whole, Joined):
         begin = 0
         for part in whole.parts:
