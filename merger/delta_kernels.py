@@ -29,6 +29,7 @@ from merger.kernels import (
 )
 
 CHUNK, PAD = 1024, 16  # elements; rows lie so that equal places do not share the lower bits of their addresses
+_SUMS = 64  # of a dot product, side by side
 SIGN = np.uint32(0x7FFFFFFF)
 
 
@@ -202,20 +203,18 @@ def collect_keys(
 
 
 @compiled
-def _dot(a: Any, b: Any) -> Any:
-    """The dot product of float32 arrays in float64, in eight sums side by side as in `decomposition`."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = a.size - a.size % 8
-    for i in range(0, whole, 8):
-        s0 += np.float64(a[i]) * np.float64(b[i])
-        s1 += np.float64(a[i + 1]) * np.float64(b[i + 1])
-        s2 += np.float64(a[i + 2]) * np.float64(b[i + 2])
-        s3 += np.float64(a[i + 3]) * np.float64(b[i + 3])
-        s4 += np.float64(a[i + 4]) * np.float64(b[i + 4])
-        s5 += np.float64(a[i + 5]) * np.float64(b[i + 5])
-        s6 += np.float64(a[i + 6]) * np.float64(b[i + 6])
-        s7 += np.float64(a[i + 7]) * np.float64(b[i + 7])
-    total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+def _dot(a: Any, b: Any, sums: Any) -> Any:
+    """The dot product of float32 arrays in float64, in `_SUMS` sums side by side: one would wait for itself with every
+    element. Their number and order are fixed, so that the bits are.
+    """
+    sums[:] = 0.0
+    whole = a.size - a.size % _SUMS
+    for i in range(0, whole, _SUMS):
+        for j in range(_SUMS):
+            sums[j] += np.float64(a[i + j]) * np.float64(b[i + j])
+    total = 0.0
+    for j in range(_SUMS):
+        total += sums[j]
     for i in range(whole, a.size):
         total += np.float64(a[i]) * np.float64(b[i])
     return total
@@ -226,6 +225,7 @@ def _dots(inputs: Any, count: Any, first: Any, width: Any, has_base: Any, found:
     addresses, codes, sizes = inputs
     models = addresses.size - np.int64(has_base)
     rows = np.empty((addresses.size, CHUNK + PAD), np.float32)
+    sums = np.empty(_SUMS)
     start = 0
     while start < count:
         row = (first + start) // width
@@ -240,7 +240,7 @@ def _dots(inputs: Any, count: Any, first: Any, width: Any, has_base: Any, found:
                     values[i] -= base[i]
         for a in range(models):
             for b in range(a, models):
-                total = _dot(rows[a, :size], rows[b, :size])
+                total = _dot(rows[a, :size], rows[b, :size], sums)
                 found[row, a, b] += total
                 if a != b:
                     found[row, b, a] += total
