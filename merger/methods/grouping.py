@@ -4,7 +4,7 @@ models lack. Knows rules and regions; reads no weights.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.architecture import kept_in_float32
@@ -20,16 +20,19 @@ from merger.methods.slices import Layout, Region, Share
 from merger.mixtures import fused, number_of
 from merger.shaping import stretch
 
+Shares = Sequence[tuple[Checkpoint, float]]  # models with the weights that a configuration gives them
+
 
 @dataclass(frozen=True)
 class Merging:
-    """How the tensors of a result are made."""
+    """How the tensors of a result are made. `said` takes the weights of the models by the tensors' names."""
 
     rule: Rule
     config: Configuration
     donor: Checkpoint
     seed: int
     fused: bool = False  # experts of a layer as one tensor
+    said: dict[str, Shares] = field(default_factory=dict)
 
     def tensors(self, layout: Layout) -> tuple[dict[str, Expression], list[str]]:
         """All tensors, and warnings about those that some models lack."""
@@ -59,6 +62,8 @@ class Merging:
         for name in names:
             shape = region.shares[0].model.tensors[name].shape
             parts[name] = stretch(tensor, first, shape)
+            if whole in self.said:
+                self.said[name] = self.said[whole]
             first += math.prod(shape)
         return parts
 
@@ -128,10 +133,19 @@ class Merging:
             work_dtype=work,
             seed=self.seed,
         )
+        models = [*(share.model for share, _ in merging), *(s.model for s in shares if s.is_base and is_apart)]
+        self.said[name] = list(zip(models, self._weights(group), strict=True))
         try:
             return self.rule.make(group)
         except ValueError as error:
             raise RecipeError(str(error), where=f"tensor {name!r}", remedy="Change the numbers for it.") from error
+
+    def _weights(self, group: Group) -> list[float]:
+        """What the models count, and the base where it stands apart, as far as the settings say so; else 1."""
+        if self.rule.name == "slerp":  # of the way from the base to the other
+            return [group.number("t"), 1 - group.number("t")]
+        each = group.numbers("weight") if "weight" in group.each else (1.0,) * len(group.tensors)
+        return [*each, *([1.0] if group.base else [])]
 
     def _numbers(self, region: Region, share: Share, name: str, t: float) -> Mapping[str, Any]:
         scopes = (share.scope, *region.scopes)
@@ -156,14 +170,20 @@ def _with_fused(share: Share, whole: str, names: Sequence[str]) -> Share:
     return replace(share, model=replace(share.model, tensors={whole: joined}), names={whole: own})
 
 
-def parts_of(tensors: Mapping[str, Expression], models: Sequence[Checkpoint]) -> tuple[Part, ...]:
+def parts_of(
+    tensors: Mapping[str, Expression], said: Mapping[str, Shares], models: Sequence[Checkpoint]
+) -> tuple[Part, ...]:
     """The stored models with their weights in a result: the mean, over its elements, of the factors that their elements
-    have in it; where that is no sum, of 1 for all that take part.
+    have in it; of what is no sum, of the weights that were `said`.
     """
     sources = dict.fromkeys(part.source for model in models for part in model.parts)
     owners = {file: source for source in sources for file in source.files}
     factors = dict.fromkeys(sources, 0.0)
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
+        if name in said and not isinstance(tensor, WeightedSum):
+            for part, weight in ((part, weight) for model, weight in said[name] for part in model.parts):
+                factors[part.source] += weight * part.weight * tensor.size
+            continue
         for factor, term in tensor.terms if isinstance(tensor, WeightedSum) else ((1.0, tensor),):
             for source in {owners[leaf.file]: None for leaf in term.leaves() if leaf.file in owners}:
                 factors[source] += factor * tensor.size

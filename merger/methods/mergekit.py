@@ -81,7 +81,7 @@ class Mergekit(Method):
             donor,
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
-            parts=parts_of(tensors, list(models.values())),
+            parts=parts_of(tensors, merging.said, list(models.values())),
             notes=tuple(
                 dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes, *more_notes])
             ),

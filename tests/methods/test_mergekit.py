@@ -591,7 +591,7 @@ def weights_in(content: dict[str, Any]) -> list[float]:
 
 
 def test_the_weights_that_a_result_tells(models):
-    """Mean factors: of sums the models' weights, of stacks their shares of the elements."""
+    """Mean factors: of sums the models' weights, of stacks their shares of the elements, of others what was said."""
     given = [{"model": models[m], "parameters": {"weight": w}} for m, w in (("a", [0, 2]), ("b", 1), ("c", 0))]
     norms = {"filter": "norm", "value": False}
     content = {"merge_method": "linear", "models": given, "parameters": {"normalize": [norms, {"value": True}]}}
@@ -605,6 +605,14 @@ def test_the_weights_that_a_result_tells(models):
     size = sum(tensor.numel() for tensor in tensors.values())
     assert (a, b, c) == pytest.approx((first / size, second / size, 0))
     assert weights_in({"method": "average", "checkpoints": [models["c"]]}) == [1]
+    pair = [{"model": models[m]} for m in "ab"]
+    slerp = {"merge_method": "slerp", "models": pair, "base_model": models["a"], "parameters": {"t": 0.25}}
+    assert weights_in(slerp) == pytest.approx([0.75, 0.25])
+    given[1]["parameters"] = {"weight": 0.5}
+    ties = {"merge_method": "ties", "models": given[1:], "base_model": models["a"], "parameters": {"density": 0.5}}
+    assert sorted(weights_in(ties)) == pytest.approx([0, 0.5, 1]), "as they were said, and the base whole"
+    stock = {"merge_method": "model_stock", "models": [{"model": models[m]} for m in "abc"], "base_model": models["c"]}
+    assert weights_in(stock) == [1, 1, 1]
     parts = [{"sources": [{"model": models[m], "layer_range": [0, n]}]} for m, n in (("a", 3), ("b", 1))]
     layer = sum(tensor.numel() for name, tensor in tensors.items() if ".layers.0." in name)
     after = tensors["model.norm.weight"].numel() + tensors["lm_head.weight"].numel()
