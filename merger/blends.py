@@ -5,6 +5,7 @@ All that such a rule looks at are the dot products of the tensors, or of what th
 them, and the weights of a plain sum follow.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,11 @@ class DotProducts(Measure):
     inputs: tuple[Expression, ...]
     has_base: bool
     by_row: bool = False
+
+    @property
+    def memory(self) -> int:
+        rows = math.prod(self.inputs[0].shape[:-1]) if self.by_row else 1
+        return self.reading(BLOCK) + 40 * rows * len(self.inputs) ** 2  # a matrix, and its numbers as a list
 
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         """Gram matrices [rows, n, n], element after element; one row where the tensors are taken whole."""

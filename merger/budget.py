@@ -22,7 +22,7 @@ MOST_AHEAD = 512 << 20  # bytes of remote files: eight requests of 16 MiB, four 
 class Allotment:
     """Threads, and the bytes that each of them holds: a block of output and a buffer for its inputs. `ahead` are the
     bytes of remote files that may be fetched before they are needed; `whole` those for tensors that are made as a whole
-    (before the blocks are), on a `device`.
+    (before the blocks are), on a `device`; `measuring` those for the numbers that a first pass finds.
     """
 
     threads: int
@@ -31,16 +31,17 @@ class Allotment:
     ahead: int = 0
     whole: int = 0
     device: str = "auto"
+    measuring: int = 0
 
     @property
     def memory(self) -> int:
-        return max(self.threads * (self.block + self.buffer) + self.ahead, self.whole)
+        return max(self.threads * (self.block + self.buffer) + self.ahead, self.whole, self.measuring)
 
 
 def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, device: str = "auto") -> Allotment:
     """Divide `memory` bytes among `threads` (twice the processors without), with fewer threads where it is scarce.
 
-    A tensor that is made as a whole may take more, alone (`merger.spilling.check_room`).
+    A tensor that is made as a whole, or measured, may take more, alone (`merger.spilling.check_room`).
 
     Raises NotEnoughMemory with the number that would do.
     """
@@ -51,6 +52,7 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, 
     least = widest.memory(SMALLEST_PIECE)
     whole = max(memory, plan.wholes[0].cost) if plan.wholes else 0
     wanted = threads or 2 * processors()
+    measuring = plan.measuring * max(1, min(wanted, memory // max(1, plan.measuring)))
     ahead = min(memory // 2, MOST_AHEAD) if plan.is_remote else 0
     for count in range(wanted, 0, -1):
         share = (memory - ahead) // count
@@ -59,7 +61,7 @@ def allot(plan: Plan, memory: int = DEFAULT_MEMORY, threads: int | None = None, 
             block //= 2  # what a block needs is fetched as one
         if share - block >= least:
             buffer = min(share - block, max(least, widest.memory(block // widest.itemsize)))
-            return Allotment(count, block, buffer, ahead, whole, device)
+            return Allotment(count, block, buffer, ahead, whole, device, measuring)
     raise NotEnoughMemory(
         f"{memory:,} bytes of memory are too few for {sum(1 for _ in widest.leaves())} sources",
         where="--memory",

@@ -19,7 +19,7 @@ from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, S
 from merger.kernels import Bytes, count_non_finite
 from merger.mask_kernels import ALL, LISTED, RANDOM, RANKED, list_by_rank, list_by_variance, mix, sum_kept
 from merger.noise import Key
-from merger.thresholds import BLOCK, EVERYTHING, NOTHING, Bound, Tensors, bounds_of
+from merger.thresholds import BLOCK, EVERYTHING, NOTHING, ROOM, Bound, Tensors, bounds_of
 
 
 class Mask(NamedTuple):
@@ -73,6 +73,10 @@ class Study(Measure):
     inputs: tuple[Expression, ...]  # the base, then the models
     masks: tuple[Mask, ...]
     factors: Factors
+
+    @property
+    def memory(self) -> int:
+        return self.reading(BLOCK) + ROOM * len(self.masks)
 
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         """For each model the key and index that are reached, those that are not, and the factor."""

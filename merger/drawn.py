@@ -57,6 +57,10 @@ class Moments(Measure):
     chosen: Mask
     axis: int
 
+    @property
+    def memory(self) -> int:
+        return self.reading(_BLOCK) + 24 * _BLOCK  # indices and the mask of the elements
+
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         [matrix] = self.inputs
         width = matrix.shape[1]

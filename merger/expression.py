@@ -115,6 +115,15 @@ class Measure(ABC):
     __slots__ = ()
     inputs: tuple[Expression, ...]
 
+    @property
+    @abstractmethod
+    def memory(self) -> int:
+        """The most bytes that finding them takes: what is read, and what is kept meanwhile."""
+
+    def reading(self, elements: int) -> int:
+        """The bytes that so many elements of every input take."""
+        return sum(tensor.memory(min(elements, tensor.size)) for tensor in self.inputs)
+
     @abstractmethod
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         """The numbers; `evaluate` gives the elements from one to another of every input, in that one's dtype. What it

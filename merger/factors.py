@@ -198,6 +198,11 @@ class Truncation(Measure):
     right: tuple[int, int]
     rank: int
 
+    @property
+    def memory(self) -> int:
+        inner = self.left[1]
+        return self.reading(_ROWS * inner) + 8 * inner * (5 * inner + 2 * _ROWS)
+
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         """S and T^T, row after row, then the squared norms of the approximation and of the whole."""
         (height, inner), (_, width) = self.left, self.right

@@ -280,6 +280,12 @@ class Mean(Measure):
 
     inputs: tuple[Expression]
 
+    @property
+    def memory(self) -> int:
+        width = math.prod(self.inputs[0].shape[1:])
+        elements = max(_MEAN_ELEMENTS, width)
+        return self.reading(elements) + 8 * (elements + 2 * width)
+
     def compute(self, evaluate: Evaluate) -> Sequence[float]:
         [matrix] = self.inputs
         height, width = matrix.shape[0], math.prod(matrix.shape[1:])

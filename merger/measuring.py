@@ -16,11 +16,11 @@ from merger.storage.disk import page_aligned
 from merger.whole import Making
 
 
-def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> Sequence[Shard]:
+def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int, memory: int) -> Sequence[Shard]:
     """The shards with the numbers that their expressions ask for; what is measured of expressions that must be measured
     themselves comes after these. Raises ReadFailed and SourceChanged.
     """
-    while found := found_in(shards, inputs, threads):
+    while found := found_in(shards, inputs, threads, memory):
         shards = [
             replace(shard, entries=tuple(replace(e, expression=e.expression.measured(found)) for e in shard.entries))
             for shard in shards
@@ -28,12 +28,15 @@ def measured(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> Sequen
     return shards
 
 
-def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int) -> dict[Measure, Sequence[float]]:
-    """The numbers that can be found now: the largest tensors first, so that no thread is left with one at the end."""
+def found_in(shards: Sequence[Shard], inputs: OpenFiles, threads: int, memory: int) -> dict[Measure, Sequence[float]]:
+    """The numbers that can be found now: the largest tensors first, so that no thread is left with one at the end; in
+    as many threads as `memory` bytes are enough for, in one at least.
+    """
     wanted = sorted(dict.fromkeys(_measures(shards)), key=lambda measure: -measure.inputs[0].size)
     if not wanted:
         return {}
-    with ThreadPoolExecutor(threads) as pool:
+    room = memory // max(measure.memory for measure in wanted)
+    with ThreadPoolExecutor(max(1, min(threads, room))) as pool:
         return dict(zip(wanted, pool.map(lambda measure: _compute(measure, inputs), wanted), strict=True))
 
 

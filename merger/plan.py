@@ -20,7 +20,7 @@ from merger.expression import Expression, File, Identical
 from merger.remote import Remote
 from merger.storage.folder import ADAPTER, OPTIMIZER
 from merger.storage.safetensors import build_header
-from merger.whole import Whole, scratch_size, wholes_in
+from merger.whole import Making, Whole, scratch_size, wholes_in
 
 # Raised when the same recipe and sources give other bytes than before; results of older versions are not resumed.
 ARITHMETIC = 1
@@ -87,6 +87,13 @@ class Plan:
         """The tensors that are made as a whole, the dearest first."""
         found = wholes_in(entry.expression for shard in self.shards for entry in shard.entries)
         return sorted(found, key=lambda whole: -whole.cost)
+
+    @cached_property
+    def measuring(self) -> int:
+        """The most bytes that finding the numbers of one tensor takes in the first pass."""
+        expressions = (entry.expression for shard in self.shards for entry in shard.entries)
+        measures = (measure for expression in expressions for measure in expression.measures())
+        return max((measure.memory for measure in measures if not isinstance(measure, Making)), default=0)
 
     @property
     def is_remote(self) -> bool:

@@ -160,14 +160,14 @@ def ready(shards: Sequence[Shard], inputs: OpenFiles, workshop: Workshop, scratc
 
     Raises ReadFailed, SourceChanged, WriteFailed, NonFiniteInput, NotEnoughMemory and VerificationFailed.
     """
-    shards = measured(shards, inputs, workshop.threads)
+    shards = measured(shards, inputs, workshop.threads, workshop.memory)
     while wholes := _next(shards):
         found = _made(wholes, inputs, workshop, scratch)
         shards = [
             replace(shard, entries=tuple(replace(e, expression=e.expression.measured(found)) for e in shard.entries))
             for shard in shards
         ]
-        shards = measured(shards, inputs, workshop.threads)
+        shards = measured(shards, inputs, workshop.threads, workshop.memory)
     return shards
 
 

@@ -15,6 +15,7 @@ from merger.expression import Evaluate
 BLOCK = 1 << 18  # elements that are looked at at once
 _SHIFT, _BINS = 14, 1 << 17  # 2^31 keys; a zero's is left out
 _ROOM = 1 << 18  # keys of one bin that are kept; where there are more, they are counted once more
+ROOM = 12 * (_BINS + _ROOM)  # bytes for each row of keys: two tables, or keys and their indices
 
 
 class Bound(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 
 from merger.adapters import module_of, summary
 from merger.architecture import embedding_of, head_of, is_depth_router, ties_embeddings
+from merger.budget import DEFAULT_MEMORY
 from merger.checkpoint import open_checkpoint
 from merger.checksum import checksum, leaves
 from merger.dtypes import DTYPES
@@ -107,7 +108,7 @@ def check_ranks(plan: Plan) -> list[Check]:
     }
     inputs = OpenFiles()
     try:
-        found = found_in(plan.shards, inputs, processors()) if names else {}
+        found = found_in(plan.shards, inputs, processors(), DEFAULT_MEMORY) if names else {}
     finally:
         inputs.close()
     norms = {name: found[measure][-2:] for measure, name in names.items()}

@@ -105,6 +105,10 @@ class Making(Measure):
     inputs: tuple[Expression, ...] = ()  # none of which is read over and over
 
     @property
+    def memory(self) -> int:
+        return self.whole.cost
+
+    @property
     def is_ready(self) -> bool:
         """Whether nothing else must be known or made before."""
         return not any(True for tensor in self.whole.inputs for _ in tensor.measures())
