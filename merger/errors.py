@@ -52,6 +52,7 @@ class RecipeError(RequestError):
     """The recipe is not well formed. `where` is the field's path."""
 
     remedy = "`merger methods NAME` lists the fields of a method with an example."
+    within: object = None  # the recipe that the path is of, where it may be one within another
 
 
 class SourceError(RequestError):

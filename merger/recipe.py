@@ -24,7 +24,7 @@ from merger.mergekit_files import combined, result_of
 from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
-from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, settled
+from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, path_of, settled
 from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
 from merger.quantized import dequantized
@@ -241,6 +241,9 @@ def _explain(error: ValidationError, content: Any, root: str) -> RecipeError:
     if detail["type"] == "extra_forbidden":
         known = _fields_of(holder, recipe, root, path)
         return RecipeError(f"is not a field{_suggest(path.rpartition('.')[2], known)}", where=where, remedy=remedy)
+    if detail["type"] == "recipe":
+        said = detail["ctx"]
+        return RecipeError(said["message"], where=".".join(filter(None, (where, said["where"]))), remedy=said["remedy"])
     message = detail["msg"].removeprefix("Value error, ")
     return RecipeError(f"{message[0].lower()}{message[1:]}", where=where or "recipe", remedy=remedy)
 
@@ -294,7 +297,13 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
     Raises RequestError: everything that can be known from configs and headers is refused here.
     """
     sources = sources or LocalSources()
-    checkpoint = document.recipe.build(sources)
+    try:
+        checkpoint = document.recipe.build(sources)
+    except RecipeError as error:
+        path = path_of(document.recipe, error.within)
+        if path and re.fullmatch(r"[\w.\[\]-]*", error.where):
+            error.where = f"{path}.{error.where}".rstrip(".")
+        raise
     if document.output.side_files_from:
         giver = sources.open(Member(document.output.side_files_from, None))
         checkpoint = _with_side_files(checkpoint, giver)

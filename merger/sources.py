@@ -10,7 +10,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from merger.checkpoint import Checkpoint, open_checkpoint, step_of
-from merger.errors import ReadFailed, SourceError
+from merger.errors import ReadFailed, RecipeError, SourceError
 from merger.methods.method import Member, Method, Sources
 from merger.reach import Reach
 from merger.remote_models import hub_matches, hub_step, open_on_hub
@@ -95,7 +95,11 @@ class LocalSources(Sources):
 
     def open(self, member: Member) -> Checkpoint:
         if isinstance(member.origin, Method):
-            made = member.origin.build(self)
+            try:
+                made = member.origin.build(self)
+            except RecipeError as error:
+                error.within = error.within or member.origin
+                raise
             return made.named(str(member))
         if member.origin not in self._opened:
             self._opened[member.origin] = self._open(member.origin)

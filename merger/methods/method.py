@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from merger.checkpoint import Checkpoint
+from merger.errors import RecipeError
 from merger.evaluation import Measured, Score
 from merger.quantized import dequantized
 from merger.stages import Training
@@ -152,7 +153,11 @@ class Method(BaseModel, ABC):
         name = value.get("method") if isinstance(value, dict) else None
         if name not in cls.by_name:
             raise PydanticCustomError("unknown_method", "names no known method: {name}", {"name": name})
-        return cls.by_name[name].model_validate(value)
+        try:
+            return cls.by_name[name].model_validate(value)
+        except RecipeError as error:  # so that pydantic adds where this recipe stands in others
+            said = {"message": error.message, "where": error.where, "remedy": error.remedy}
+            raise PydanticCustomError("recipe", "{message}", said) from error
 
     @classmethod
     def more(cls) -> str:
@@ -225,6 +230,22 @@ def all_of(recipe: Method) -> Iterator[Method]:
     for name in type(recipe).model_fields:
         for inner in within(getattr(recipe, name)):
             yield from all_of(inner)
+
+
+def path_of(value: Any, inner: object, path: str = "") -> str:
+    """The path of the field of a recipe in which another one stands; empty where it stands in none."""
+    if value is inner:
+        return path.removeprefix(".")
+    match value:
+        case BaseModel():
+            parts = [(f"{path}.{name}", getattr(value, name)) for name in type(value).model_fields]
+        case dict():
+            parts = [(f"{path}.{key}", part) for key, part in value.items()]
+        case list() | tuple():
+            parts = [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+        case _:
+            parts = []
+    return next((found for place, part in parts if (found := path_of(part, inner, place))), "")
 
 
 def all_evaluations(recipe: Method) -> Iterator[Measured]:

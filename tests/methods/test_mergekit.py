@@ -740,6 +740,35 @@ def test_what_is_refused(models, text, error, says):
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("inner", "says"),
+    [
+        (
+            "merge_method: ties\nmodels: [{model: <b>, parameters: {densty: 1}}]\nbase_model: <a>",
+            "is no parameter of ties",
+        ),
+        ("merge_method: slerp\nmodels: [{model: <b>}]\nbase_model: <a>", "merges.half.parameters.t: is missing for"),
+        ("merge_method: slerp\nmodels: [{model: <b>}, {model: <c>}]\nbase_model: <a>", "slerp merges exactly 1"),
+        ("method: ties\nbase: <a>\nmodels: [<b>]\nextra: 1", "extra: is not a field"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_within_is_told_with_its_path(models, inner, says):
+    """When it is read, or when its models have been looked at."""
+    merge = filled(inner, models)
+    content = {
+        "merge_method": "linear",
+        "models": [{"model": "half"}],
+        "parameters": {"weight": 1},
+        "merges": {"half": merge},
+    }
+    within = {"method": "average", "checkpoints": [models["a"], content]}
+    for recipe, path in ((content, "merges.half."), (within, "checkpoints[1].merges.half.")):
+        with pytest.raises(RecipeError) as caught:
+            plan(recipe)
+        assert says in str(caught.value)
+        assert caught.value.where.startswith(path)
+
+
 def test_models_with_different_numbers_of_layers(tmp_path, models):
     deeper = str(tiny.save(tmp_path / "deeper", "llama", num_hidden_layers=5))
     given = [{"model": model, "parameters": {"weight": 1}} for model in (models["a"], deeper)]
