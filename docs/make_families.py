@@ -12,8 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.families import MUST_BE_RIGHT, SMALL, kinds  # after the path is known
+from tests.families import MUST_BE_RIGHT  # after the path is known
+from tests.family_files import SMALL, kinds
 
+COLUMNS = ("keys_kept", "values_right", "slerp", "ties", "reloads")
 PAGE = Path(__file__).with_name("families.md")
 INTRO = """# Families
 
@@ -22,14 +24,16 @@ transformers {transformers}. Two tiny random models of a family (float32, {layer
 by transformers, which writes the names that the family's models have on the Hub, and summed with weights 0.25 and 0.75.
 
 - **keys kept**: the result holds exactly the tensors that the files held, under their names.
-- **values right**: every element is the sum in float64, rounded once; integers are what they were.
+- **sum**: every element is the sum in float64, rounded once; integers are what they were.
+- **SLERP**, **TIES**: of a configuration with `merge_method: slerp` or `ties`, the first model the base: every tensor
+  lies where float64 says on the arc, or has the changes of half of its elements, the largest.
 - **reloads**: transformers loads the result with no key missing, left over or of another shape.
 
-{right} of the {built} that could be made are right in all three; the remarks say what is wrong, and why a family could
+{right} of the {built} that could be made are right in all of it; the remarks say what is wrong, and why a family could
 not be made tiny. `python -m tests.families KIND` looks at one.
 
-| family | tensors | keys kept | values right | reloads | remarks |
-|---|---|---|---|---|---|
+| family | tensors | keys kept | sum | SLERP | TIES | reloads | remarks |
+|---|---|---|---|---|---|---|---|
 """
 PEER = """
 ## What mergekit does with the same files
@@ -54,7 +58,7 @@ def rows_of(*words: str) -> list[dict[str, Any]]:
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    return bool(row["keys_kept"] and row["values_right"] and row["reloads"])
+    return all(row[key] for key in COLUMNS)
 
 
 def _mark(value: bool | None) -> str:
@@ -66,7 +70,7 @@ def _escaped(words: str) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [row["kind"], row["tensors"] or "", *(_mark(row[key]) for key in ("keys_kept", "values_right", "reloads"))]
+    cells = [row["kind"], row["tensors"] or "", *(_mark(row[key]) for key in COLUMNS)]
     return f"| {' | '.join(map(str, cells))} | {_escaped(row['reason'])} |\n"
 
 

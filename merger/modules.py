@@ -99,7 +99,7 @@ def modules_of(names: Collection[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(_module_of(name, translates=translates), []).append(name)
-    return found
+    return found if len(found) > 1 else {WHOLE: list(names)}
 
 
 def _module_of(name: str, *, translates: bool) -> str:

@@ -24,6 +24,15 @@ Shares = Sequence[tuple[Checkpoint, float]]  # models with the weights that a co
 
 
 @dataclass(frozen=True)
+class Tied:
+    """The heads, by their models' labels, that all models store beside the embeddings to which they tie them."""
+
+    name: str
+    embedding: str
+    heads: Mapping[str, Expression]
+
+
+@dataclass(frozen=True)
 class Merging:
     """How the tensors of a result are made. `said` takes the weights of the models by the tensors' names."""
 
@@ -52,6 +61,22 @@ class Merging:
                 if tensor is not None:
                     made[name] = tensor
         return made, _lacked_warnings(lacked, made)
+
+    def tied(self, tied: Tied, layout: Layout) -> dict[str, Expression]:
+        """The head, made as the embedding is, by its name and of the same models, so that equal ones stay equal.
+
+        Some files say that they tie them and hold different ones; transformers believes the tensors.
+        """
+        region = next((region for region in layout.regions if tied.embedding in region.names()), None)
+        if region is None:
+            return {}
+        shares = [
+            replace(share, model=replace(share.model, tensors={tied.embedding: tied.heads[share.model.label]}))
+            for share in region.shares
+            if tied.embedding in share.model.tensors
+        ]
+        made = self._tensor(tied.embedding, replace(region, shares=tuple(shares)), shares)
+        return {tied.name: made} if made else {}
 
     def _divided(self, whole: str, names: Sequence[str], region: Region) -> dict[str, Expression]:
         """Experts' tensors, parts of the one that is made of all of them. Raises RequestError."""

@@ -22,7 +22,7 @@ from merger.errors import RecipeError
 from merger.expression import Expression
 from merger.mergekit_config import Configuration, Model, Reference, reference_of, references
 from merger.methods.combination import check_models, check_vocabularies, config_warnings, same_head
-from merger.methods.grouping import Merging, parts_of
+from merger.methods.grouping import Merging, Tied, parts_of
 from merger.methods.lora import with_adapter
 from merger.methods.merging import RULES
 from merger.methods.method import Method, Source, Sources, open_source
@@ -70,21 +70,21 @@ class Mergekit(Method):
         check_models(list(given.values()))
         given = in_one_vocabulary(self.config, given)
         heads, notes = same_head(list(given.values()))
-        heads, more_notes = _without_copies_of_embeddings(heads)
+        heads, tied = _without_tied_heads(heads)
         models = dict(zip(given, heads, strict=True))
         donor = models[reference_of(self.config.base_model)] if self.config.base_model else next(iter(models.values()))
         layout = layout_of(self.config, models, donor)
         _check_embeddings(layout, donor)
         merging = Merging(rule, self.config, donor, self.seed, self.expert_granularity == "fused")
         tensors, warnings = merging.tensors(layout)
+        if tied:
+            tensors |= merging.tied(tied, layout)
         made = replace(
             donor,
             tensors=tensors,
             config=self._config(layout, donor, list(models.values()), tensors),
             parts=parts_of(tensors, merging.said, list(models.values())),
-            notes=tuple(
-                dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes, *more_notes])
-            ),
+            notes=tuple(dict.fromkeys([*(note for model in models.values() for note in model.notes), *notes])),
             warnings=tuple(
                 dict.fromkeys(
                     [
@@ -227,14 +227,16 @@ def _warnings_on_configs(layout: Layout, donor: Checkpoint, models: Sequence[Che
     return warnings if not layout.layers else [text for text in warnings if "layer" not in text.partition(" is ")[0]]
 
 
-def _without_copies_of_embeddings(models: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], list[str]]:
-    """Heads that all models tie are left out: with settings by name, head and embedding would come out different."""
+def _without_tied_heads(models: Sequence[Checkpoint]) -> tuple[Sequence[Checkpoint], Tied | None]:
+    """Models without heads that all of them store and tie, and these: with settings by name, head and embedding would
+    come out different.
+    """
     head, embedding = head_of(models[0].tensors), embedding_of(models[0].tensors)
     if head is None or embedding is None or not all(ties_embeddings(model.config) for model in models):
-        return models, []
+        return models, None
     kept = [{name: tensor for name, tensor in model.tensors.items() if name != head} for model in models]
     made = [replace(model, tensors=tensors) for model, tensors in zip(models, kept, strict=True)]
-    return made, [f"{head} is left out: it is tied to {embedding} in every source"]
+    return made, Tied(head, embedding, {model.label: model.tensors[head] for model in models})
 
 
 def _kin(rule: Rule, layout: Layout) -> tuple[Kin, ...]:

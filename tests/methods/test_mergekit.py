@@ -479,10 +479,9 @@ def test_modules_of_an_encoder_and_decoder(tmp_path):
         plan(content)
 
 
-def test_heads_that_are_stored_and_tied(tmp_path):
-    """Settings by name would give another head than the embedding, which the config says it is."""
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize("rule", ["linear", "dare_ties"])
+def test_heads_that_are_stored_and_tied(tmp_path, rule):
+    """Settings by name, and random masks, would give another head than the embedding, which the config says it is."""
     given = []
     for name in "xy":
         tensors = tiny.stored(tiny.save(tmp_path / name, "llama", seed=ord(name), tie_word_embeddings=True))
@@ -490,10 +489,29 @@ def test_heads_that_are_stored_and_tied(tmp_path):
         save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
         given.append({"model": str(tmp_path / name), "parameters": {"weight": {"filter": "embed", "value": 0.7}}})
     given[1]["parameters"] = {"weight": [{"filter": "lm_head", "value": 2}, {"value": 1}]}
-    outcome = make({"merge_method": "linear", "models": given, "parameters": {"weight": 1}}, tmp_path / "out")
+    content = {"merge_method": rule, "models": given, "parameters": {"weight": 1}}
+    if rule == "dare_ties":
+        base = {"density": 0.5, "weight": 1}
+        content |= {"base_model": given[0]["model"], "parameters": base}
+    outcome = make(content, tmp_path / "out")
     assert all(check.passed for check in outcome.checks)
-    assert any("lm_head.weight is left out" in note for note in outcome.plan.checkpoint.notes)
+    made = tiny.stored(tmp_path / "out")
+    assert made.keys() == tensors.keys()
+    assert torch.equal(made["lm_head.weight"], made["model.embed_tokens.weight"])
     tiny.load(tmp_path / "out")
+
+
+def test_heads_that_are_tied_and_differ(tmp_path):
+    """transformers takes such tensors for what they are, so each is merged with its like."""
+    given = []
+    for name in "xy":
+        tensors = tiny.stored(tiny.save(tmp_path / name, "llama", seed=ord(name), tie_word_embeddings=True))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        given.append({"model": str(tmp_path / name), "parameters": {"weight": {"filter": "embed", "value": 0.7}}})
+    make({"merge_method": "linear", "models": given, "parameters": {"weight": [{"value": 1}]}}, tmp_path / "out")
+    made = tiny.stored(tmp_path / "out")
+    torch.testing.assert_close(made["lm_head.weight"], made["model.embed_tokens.weight"] + 1)
 
 
 def test_a_tied_and_an_untied_model(tmp_path):
