@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from merger.delta_kernels import Inputs
 from merger.expression import ByteRange, Evaluate, Expression, Fetch, Measure, Stored, cast, join
 from merger.kernels import Bytes, count_non_finite
-from merger.mask_kernels import ALL, LISTED, RANDOM, RANKED, list_by_rank, list_by_variance, mix, sum_kept
+from merger.mask_kernels import ALL, LISTED, RANDOM, RANKED, list_by_variance, mix, sum_kept
 from merger.noise import Key
+from merger.rank_kernels import list_by_rank
 from merger.thresholds import BLOCK, EVERYTHING, NOTHING, ROOM, Bound, Tensors, bounds_of
 
 
@@ -35,6 +36,7 @@ class Mask(NamedTuple):
     least: float = 1.0
     most: float = 1.0
     key: Key = (0, 0)
+    divided: bool = False  # what stays by a probability that follows ranks, by that
     varying: float = 1.0  # the share of elements, of those that vary over the models at all, that vary most
 
     @property
@@ -134,12 +136,13 @@ def _arrays_of(
     kinds = np.array([mask.kind for mask in masks], np.int64)
     keys = np.array([mask.key for mask in masks], np.uint64).reshape(-1, 2)
     limits = np.array([min(round(mask.least * 2**32), 1 << 32) for mask in masks], np.uint64)
-    listed = np.empty((len(masks), 0), np.bool_)
+    listed: Any = np.empty((len(masks), 0), np.bool_)
     if masks[0].varying < 1.0:
         listed = np.repeat(list_by_variance(inputs, stop - start, start, bounds[0][0])[None], len(masks), axis=0)
     elif LISTED in kinds:
         spans = np.array([(mask.least, mask.most) for mask in masks])
-        listed = list_by_rank(inputs, (stop - start) // width, width, start, keys, spans)
+        divided = any(mask.divided for mask in masks)
+        listed = list_by_rank(inputs, (stop - start) // width, width, start, keys, spans, divided=divided)
     numbers = np.array([(*low, *high) for low, high in bounds], np.int64).reshape(-1, 4)
     return kinds, numbers, keys, limits, listed
 
@@ -187,7 +190,7 @@ class Mixed(Expression):
 
     def memory(self, elements: int) -> int:
         rows = elements + 2 * (self._row - 1)
-        listed = (2 * len(self.models) + self.itemsize) * rows if any(m.mask.kind == LISTED for m in self.models) else 0
+        listed = (5 * len(self.models) + self.itemsize) * rows if any(m.mask.kind == LISTED for m in self.models) else 0
         return sum(tensor.memory(rows) for tensor in self._inputs) + listed
 
     def measures(self) -> Iterator[Measure]:

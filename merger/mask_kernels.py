@@ -1,7 +1,7 @@
 """Which elements of task vectors stay, and their sum with the base: kernels. Knows bit patterns; knows no tensors.
 
-A mask of each model keeps elements by their rank in the tensor, by chance, by chance and their rank in a row, or from a
-table. In float32, as `merger.delta_kernels`.
+A mask of each model keeps elements by their rank in the tensor, by chance, or from a table. In float32, as
+`merger.delta_kernels`.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def _keep_ranked(delta: Any, first: Any, bounds: Any) -> None:
 
 
 @compiled
-def _draw(numbers: Any, first: Any, key: Any) -> None:
+def draw(numbers: Any, first: Any, key: Any) -> None:
     """32 random bits for each element from `first` on."""
     block = np.uint64(first) >> np.uint64(3)
     lane = np.int64(np.uint64(first) & np.uint64(7))
@@ -69,15 +69,16 @@ def _draw(numbers: Any, first: Any, key: Any) -> None:
 @compiled
 def _keep_random(delta: Any, first: Any, key: Any, limit: Any, numbers: Any) -> None:
     """Zero what draws a 32-bit number of `limit` or more."""
-    _draw(numbers, first, key)
+    draw(numbers, first, key)
     for i in range(delta.size):
         delta[i] = delta[i] if numbers[i] < limit else np.float32(0)
 
 
 @compiled
 def _keep_listed(delta: Any, kept: Any) -> None:
+    """Zero what is not kept, and multiply the rest by what the list says of it."""
     for i in range(delta.size):
-        delta[i] = delta[i] if kept[i] else np.float32(0)
+        delta[i] = delta[i] * np.float32(kept[i]) if kept[i] else np.float32(0)
 
 
 @compiled
@@ -159,85 +160,6 @@ def list_by_variance(inputs: Inputs, count: int, first: int, bound: Sequence[int
     """The elements whose variance over the models reaches a bound, a key and an index."""
     kept = np.empty(count, np.bool_)
     _list_by_variance(inputs.kernel, count, first, np.array(bound, np.int64), kept)
-    return kept
-
-
-# ---- ranks within rows --------------------------------------------------------------------------------
-
-_BUCKETS, _BUCKET = 16384, np.uint32(17)  # of keys with the same fourteen upper bits
-
-
-@compiled
-def _rank(keys: Any, i: Any) -> Any:
-    """How many of the keys are smaller than that of an element, or equal and later."""
-    key = keys[i]
-    smaller = np.uint32(0)
-    for j in range(i + 1):
-        smaller += np.uint32(keys[j] < key)
-    for j in range(i + 1, keys.size):
-        smaller += np.uint32(keys[j] <= key)
-    return smaller
-
-
-@compiled
-def _keep_by_rank(kept: Any, keys: Any, numbers: Any, below: Any, least: Any, step: Any) -> None:
-    """kept[i] = numbers[i] < least + step * rank of i, in units of 2^-32.
-
-    That most numbers are smaller than the least probability of the key's bucket, or no smaller than the largest, spares
-    the ranks. `below` are the keys in lower buckets, for each bucket and one more.
-    """
-    for i in range(keys.size):
-        bucket = keys[i] >> _BUCKET
-        number = np.float64(numbers[i])
-        surely = number < least + step * below[bucket]
-        maybe = number < least + step * (below[bucket + np.uint32(1)] - 1)
-        kept[i] = surely
-        if surely != maybe:
-            kept[i] = number < least + step * _rank(keys, i)
-
-
-@compiled
-def _count_below(below: Any, keys: Any) -> None:
-    """below[b] = how many keys lie in lower buckets than b, for the buckets in use and the one after them."""
-    smallest, largest = keys[0], keys[0]
-    for i in range(keys.size):
-        smallest, largest = min(smallest, keys[i]), max(largest, keys[i])
-    first, last = np.int64(smallest >> _BUCKET), np.int64(largest >> _BUCKET)
-    below[first : last + 2] = 0
-    for i in range(keys.size):
-        below[(keys[i] >> _BUCKET) + np.uint32(1)] += 1
-    for bucket in range(first, last + 1):
-        below[bucket + 1] += below[bucket]
-
-
-@compiled
-def _list_by_rank(inputs: Any, rows: Any, width: Any, first: Any, random_keys: Any, spans: Any, kept: Any) -> None:
-    base = np.empty(width, np.float32)
-    deltas = np.empty((kept.shape[0], width + PAD), np.float32)
-    keys, numbers = np.empty(width, np.uint32), np.empty(width, np.uint32)
-    below = np.empty(_BUCKETS + 1, np.int32)
-    for row in range(rows):
-        load_deltas(deltas, base, inputs, row * width)
-        for k in range(kept.shape[0]):
-            delta = deltas[k, :width]
-            for i in range(width):
-                keys[i] = bits_of(delta[i]) & SIGN
-            _count_below(below, keys)
-            _draw(numbers, first + row * width, random_keys[k])
-            span = (spans[k, 1] - spans[k, 0]) * 4294967296.0
-            least = spans[k, 0] * 4294967296.0 + (0.0 if width > 1 else span / 2)
-            step = span / (width - 1) if width > 1 else 0.0
-            _keep_by_rank(kept[k, row * width : (row + 1) * width], keys, numbers, below, least, step)
-
-
-def list_by_rank(
-    inputs: Inputs, rows: int, width: int, first: int, keys: NDArray[np.uint64], spans: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """A mask [k, rows * width]: an element is kept with a probability that grows with its rank in its row, from
-    `spans[k, 0]` for the smallest magnitude to `spans[k, 1]` for the largest. `first` is the first element's index.
-    """
-    kept = np.empty((len(keys), rows * width), np.bool_)
-    _list_by_rank(inputs.kernel, rows, width, first, keys, spans, kept)
     return kept
 
 

@@ -202,16 +202,26 @@ class Dare(OnBase):
 
 
 class Della(OnBase):
-    """DELLA: changes are dropped at random, the larger ones of a row less often (mergekit's definition: what is left is
-    brought to the sum of magnitudes that there was; the paper divides each by its own probability).
+    """DELLA: changes are dropped at random, the larger ones of a row less often, and the rest made larger to stand in
+    for them.
     """
 
     method: Literal["della"] = "della"
     density: float = Field(default=0.5, gt=0, le=1, description="The share of changes that is kept.")
-    epsilon: float = Field(default=0.15, ge=0, lt=0.5, description="How far the probabilities go apart, either way.")
+    epsilon: float = Field(
+        default=0.15,
+        ge=0,
+        lt=1,
+        description="How far the probabilities of a row go apart: in all in the paper, either way in mergekit.",
+    )
     elect: bool = Field(default=True, description="Whether signs are elected, as in TIES.")
     scale: float = Field(default=1.0, description=_SCALE)
     seed: int = Field(default=0, ge=0, description=_SEED)
+    definition: Definition = Field(
+        default="paper",
+        description="paper: each change that is left is divided by its own probability, and weights count after the "
+        "election. mergekit: they are brought to the sum of magnitudes that there was, weights count before it.",
+    )
 
     paper: ClassVar[str] = "DELLA-Merging, arXiv 2406.11617"
     example: ClassVar[str] = (
@@ -220,10 +230,37 @@ class Della(OnBase):
     )
 
     def merged(self, base: Checkpoint, models: Sequence[Checkpoint], weights: Sequence[float]) -> Checkpoint:
-        count = len(models)
-        each = {"weight": weights, "density": (self.density,) * count, "epsilon": (self.epsilon,) * count}
-        rule = RULES["della" if self.elect else "della_linear"]
-        return by_rule(rule, models, base, {"lambda": self.scale}, each, self.seed)
+        if self.definition == "mergekit":
+            count = len(models)
+            each = {"weight": weights, "density": (self.density,) * count, "epsilon": (self.epsilon,) * count}
+            rule = RULES["della" if self.elect else "della_linear"]
+            return by_rule(rule, models, base, {"lambda": self.scale}, each, self.seed)
+        least, most = self._span()
+
+        def merge(name: str, tensors: Sequence[Expression]) -> Expression:
+            *tuned, origin = tensors
+            keys = [key_of(self.seed, f"{name}\0{i}") for i in range(len(tuned))]
+            masks = [Mask(least=least, most=most, key=key, divided=True) for key in keys]
+            return mixed(
+                origin,
+                [Model(*entry) for entry in zip(tuned, weights, masks, strict=True)],
+                promote(frozenset(tensor.dtype for tensor in tensors)),
+                scale=self.scale / (1.0 if least < most else self.density),
+                elect="plain" if self.elect else None,
+                normalize=self.elect,
+            )
+
+        return fine_tunes_merged(models, base, merge, [*weights, 1.0])
+
+    def _span(self) -> tuple[float, float]:
+        """The probabilities of the smallest and the largest change of a row. Raises RecipeError."""
+        if self.density == 1.0:
+            return 1.0, 1.0
+        least, most = self.density - self.epsilon / 2, self.density + self.epsilon / 2
+        if least <= 0 or most > 1:
+            problem = f"density {self.density:g} and epsilon {self.epsilon:g}: probabilities from {least:g} to {most:g}"
+            raise RecipeError(problem, where="epsilon", remedy="They must lie above 0 and at most be 1.")
+        return least, most
 
 
 class Breadcrumbs(OnBase):

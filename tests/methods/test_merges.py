@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from merger.errors import RecipeError, UnsupportedModel
+from merger.rank_kernels import _DIGIT, _sort_all
 from tests.checkpoints import as_float64, read_raw, write_model
 from tests.methods.making import make, plan
 
@@ -135,6 +138,61 @@ def test_dare_draws_apart_for_models_and_tensors_and_seeds(models: dict[str, str
     assert not np.array_equal(values(tmp_path / "other")[big], first[big])
 
 
+def test_della_divides_each_change_by_its_own_probability(models: dict[str, str], tmp_path: Path) -> None:
+    """MagPrune (section 3.1): probabilities on a line over the ranks of a row, the largest the likeliest."""
+    recipe = {"method": "della", "base": models["base"], "models": [models["a"]], "density": 0.6, "epsilon": 0.5}
+    found = made({**recipe, "elect": False}, tmp_path)
+    base, [vector] = deltas(models, "a")
+    for name, delta in vector.items():
+        rows = np.abs(delta.reshape(-1, delta.shape[-1]))
+        ranks = rows.argsort(axis=1).argsort(axis=1).reshape(delta.shape)  # no two are equal
+        wanted = 0.35 + 0.5 * ranks / (delta.shape[-1] - 1)
+        left = found[name] - base[name]
+        kept = np.abs(left) > 1e-9
+        assert np.allclose(left[kept], (delta / wanted)[kept], atol=1e-6)
+        if kept.size > 1000:
+            for low, high in ((0, 10), (15, 25), (30, 40)):
+                some = (ranks >= low) & (ranks < high)
+                assert kept[some].mean() == pytest.approx(wanted[some].mean(), abs=0.06)
+    make({**recipe, "elect": False}, tmp_path / "again", threads=1, memory=1 << 20)
+    assert all(np.array_equal(value, found[name]) for name, value in values(tmp_path / "again").items())
+
+
+def test_della_elects_signs_and_means(models: dict[str, str], tmp_path: Path) -> None:
+    """What is left of each model is what is left of it alone; weights count after the election."""
+    entries = [{"source": models["a"], "weight": 0.5}, {"source": models["b"], "weight": 2.0}]
+    recipe = {"method": "della", "base": models["base"], "density": 0.7, "epsilon": 0.2, "seed": 3}
+    base = values(models["base"])
+    alone = []
+    for i in range(2):
+        one = [{**entry, "weight": float(i == j)} for j, entry in enumerate(entries)]
+        left = made({**recipe, "models": one, "elect": False}, tmp_path / str(i))
+        alone.append({name: value - base[name] for name, value in left.items()})
+    found = made({**recipe, "models": entries, "scale": 1.5}, tmp_path)
+    for name, value in found.items():
+        parts = [each[name] for each in alone]
+        sure = np.abs(sum(parts)) > 1e-7
+        wanted = base[name] + 1.5 * elected(parts, [0.5, 2.0], parts)
+        assert np.allclose(value[sure], wanted[sure], atol=2e-6)
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(1.0, 0.3), (0.4, 0.0)])
+def test_della_at_its_ends(models: dict[str, str], tmp_path: Path, density: float, epsilon: float) -> None:
+    """Everything is kept, or every element is as likely: DARE."""
+    recipe = {"base": models["base"], "models": [models["a"]], "density": density, "elect": False}
+    found = made({"method": "della", "epsilon": epsilon, **recipe}, tmp_path)
+    close(found, made({"method": "dare", **recipe}, tmp_path / "dare"))
+
+
+@given(keys=st.lists(st.integers(0, 7) | st.integers(0, 2**31 - 1), min_size=1, max_size=300))
+def test_ranks_are_those_of_a_stable_sort(keys: list[int]) -> None:
+    count = len(keys)
+    ranks, order, other = np.empty(count, np.int64), np.empty(count, np.uint32), np.empty(count, np.uint32)
+    _sort_all(ranks, np.array(keys, np.uint32), order, other, np.empty((1 << _DIGIT) + 1, np.int64))
+    wanted = [sum(b < a or (b == a and j > i) for j, b in enumerate(keys)) for i, a in enumerate(keys)]
+    assert ranks.tolist() == wanted
+
+
 @pytest.mark.parametrize("definition", ["paper", "mergekit"])
 @pytest.mark.parametrize("rows", [False, True])
 def test_model_stock(models: dict[str, str], tmp_path: Path, definition: str, rows: bool) -> None:
@@ -181,7 +239,11 @@ def test_slerp_goes_from_the_first_to_the_second(models: dict[str, str], tmp_pat
         ({"method": "model_stock", "models": ["a"]}, "models: model_stock merges at least 2 models beside the base"),
         ({"method": "sce", "models": [{"source": "a", "weight": 0.5}]}, "found by SCE itself"),
         ({"method": "ties", "models": ["a"], "density": 0}, "density: input should be greater than 0"),
-        ({"method": "della", "models": ["a"], "density": 0.9, "epsilon": 0.2}, "density 0.9 and epsilon 0.2"),
+        ({"method": "della", "models": ["a"], "density": 0.9, "epsilon": 0.3}, "density 0.9 and epsilon 0.3"),
+        (
+            {"method": "della", "models": ["a"], "density": 0.9, "epsilon": 0.2, "definition": "mergekit"},
+            "density 0.9 and epsilon 0.2",
+        ),
         ({"method": "dare", "models": ["a"], "drop": 0.3}, "drop: is not a field"),
         ({"method": "ties", "models": ["a"], "definition": "mergkit"}, "definition: input should be 'paper' or"),
     ],
