@@ -64,8 +64,11 @@ def make_statistics(stored: Checkpoint, order: Order, output: Path, tell: Tell) 
     """Make the folder `output` with the statistics of a stored model. Raises RequestError and JobError."""
     if output.exists():
         raise OutputOccupied("is there already", where=str(output))
+    for path in order.data:
+        if not path.is_file():
+            raise SourceError("is not there", where=str(path), remedy="Give the path of a text.")
     model = dequantized(stored)
-    _check_memory(model, order)
+    _check_room(_memory(model, order.kind), model.label, "Make them on a machine with more.")
     loaded = load(model, "AutoModelForCausalLM", "float32", order.device)
     windows = _windows(loaded, order)
     made = _Fisher(model, loaded) if order.kind == "fisher" else _Grams(model, loaded, order, windows)
@@ -111,22 +114,21 @@ def _windows(loaded: Loaded, order: Order) -> list[tuple[int, ...]]:
     return found[: order.limit]
 
 
-def _check_memory(model: Checkpoint, order: Order) -> None:
-    """The model is in memory in float32, while it loads once more as it is stored; for Fisher information with its
-    gradients, their squares, and these once more while they are renamed. What a window takes comes on top.
-
-    Raises NotEnoughMemory.
+def _memory(model: Checkpoint, kind: Kind) -> int:
+    """The bytes that the model takes in float32, while it loads once more as it is stored; for Fisher information with
+    its gradients, their squares, and these once more while they are renamed. What a window takes comes on top.
     """
     numbers = parameters(model)
     loads = 4 * numbers + sum(tensor.nbytes for tensor in model.tensors.values())
-    needed = max(loads, 16 * numbers if order.kind == "fisher" else 4 * numbers + order.memory // 2)
+    return max(loads, 16 * numbers) if kind == "fisher" else loads
+
+
+def _check_room(needed: int, label: str, remedy: str) -> None:
+    """Raises NotEnoughMemory."""
     free = free_memory()
     if needed > free:
-        raise NotEnoughMemory(
-            f"its statistics take {needed:,} bytes of memory, {free:,} are free",
-            where=model.label,
-            remedy="Make them on a machine with more.",
-        )
+        told = f"its statistics take {needed:,} bytes of memory, {free:,} are free"
+        raise NotEnoughMemory(told, where=label, remedy=remedy)
 
 
 def _stored_names(model: Any) -> dict[int, str]:
@@ -207,6 +209,8 @@ class _Grams:
         )
         firsts = {name: layer for name, layer in layers.items() if name not in self.same}
         self._passes = list(_passes(firsts, order.memory, model.label))
+        largest = max(sum(2 * size_of(layer) for layer in group.values()) for group in self._passes)
+        _check_room(largest, model.label, "Allow less with --memory: the text is run more often for it.")
 
     def groups(self, order: Order, windows: Sequence[tuple[int, ...]], tell: Tell) -> Iterator[tuple[int, Tensors]]:
         """How many files there will be, and what each of them holds."""
