@@ -10,6 +10,8 @@ from click.testing import CliRunner, Result
 
 from merger.cli.main import merger_command
 from tests import tiny
+from tests.cli.test_hub_reading import use
+from tests.hub_server.fixtures import hub
 
 
 def merger(*arguments: object) -> Result:
@@ -108,3 +110,61 @@ def test_a_model_that_is_not_there_or_computes_no_text_is_refused(models, tmp_pa
     tiny.save(tmp_path / "bare", "llama", num_hidden_layers=1)
     given = ("statistics", tmp_path / "bare", "--kind", "fisher", "--data", models / "text.txt", "-o", tmp_path / "s")
     assert "the model has no tokenizer" in str(merger(*given).exception)
+
+
+# ---- elsewhere ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_with_statistics(models, tmp_path, monkeypatch):
+    """A Hub with both models and with the statistics of both, beside the same statistics here."""
+    with hub(tmp_path, "lfs") as server:
+        for name in ("m0", "m1"):
+            server.add_model(f"org/{name}", models / name)
+            for kind in ("fisher", "gram"):
+                made(models, tmp_path / kind / name, model=name, kind=kind)
+                server.add_model(f"org/{name}-{kind}", tmp_path / kind / name)
+        use(monkeypatch, server, tmp_path, "lfs")
+        yield server
+
+
+@pytest.mark.parametrize(("method", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+@pytest.mark.parametrize("both", [True, False])
+def test_statistics_that_lie_on_the_hub_are_used_like_those_here(
+    models, tmp_path, hub_with_statistics, method, kind, both
+):
+    here = [{"source": str(models / name), "statistics": str(tmp_path / kind / name)} for name in ("m0", "m1")]
+    there = [
+        {"source": f"hf://org/{name}" if both else str(models / name), "statistics": f"hf://org/{name}-{kind}"}
+        for name in ("m0", "m1")
+    ]
+    for place, entries in (("here", here), ("there", there)):
+        recipe = {"method": method, "models": entries, "output": {"path": str(tmp_path / place)}}
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(recipe))
+        result = merger("run", tmp_path / f"{place}.yaml")
+        assert result.exit_code == 0, result.exception
+    a, b = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("here", "there"))
+    assert a == b
+    planned = json.loads(merger("plan", tmp_path / "there.yaml", "-o", tmp_path / "more", "--json").output)
+    assert planned["fetch_bytes"] > 0
+
+
+def test_statistics_on_the_hub_of_another_model_are_refused(models, tmp_path, hub_with_statistics):
+    entries = [{"source": "hf://org/m0", "statistics": "hf://org/m1-fisher"}]
+    recipe = {"method": "fisher", "models": entries, "output": {"path": str(tmp_path / "out")}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    error = str(merger("run", tmp_path / "recipe.yaml").exception)
+    assert "hf://org/m1-fisher: holds statistics of another model than hf://org/m0: the values differ" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_a_model_on_the_hub_say_which_commit_it_was(tmp_path, hub_with_statistics):
+    (tmp_path / "t.txt").write_text("Call me Ishmael.")
+    result = merger("statistics", "org/m0", "--kind", "gram", "--data", tmp_path / "t.txt", "-o", tmp_path / "s")
+    assert result.exit_code == 0, result.exception
+    told = json.loads((tmp_path / "s" / "statistics.json").read_text())["model"]
+    own = json.loads((tmp_path / "gram" / "m0" / "statistics.json").read_text())["model"]
+    assert told["repository"] == "org/m0"
+    assert len(told["revision"]) == 40
+    assert told["digest"] == own["digest"]
+    assert "base_model: org/m0" in (tmp_path / "s" / "README.md").read_text()
