@@ -21,6 +21,10 @@ HELD_OUT = 40_000  # characters of each package, of 200,000
 KINDS = {"fisher": "fisher", "regmean": "gram"}
 MERGES: dict[str, dict[str, Any]] = {
     "plain mean": {"method": "soup"},
+    "task arithmetic, scale 0.4": {"method": "task_arithmetic", "base": "base", "scale": 0.4},
+    "task arithmetic, scale 0.5": {"method": "task_arithmetic", "base": "base", "scale": 0.5},
+    "task arithmetic, scale 0.6": {"method": "task_arithmetic", "base": "base", "scale": 0.6},
+    "task arithmetic, scale 0.8": {"method": "task_arithmetic", "base": "base", "scale": 0.8},
     "fisher": {"method": "fisher"},
     "fisher, floor 0.01": {"method": "fisher", "floor": 0.01},
     "fisher, floor 1": {"method": "fisher", "floor": 1.0},

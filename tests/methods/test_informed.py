@@ -1,6 +1,7 @@
 """Fisher and RegMean as recipes: the whole way to files, against float64 in numpy; what is refused and told."""
 
 import json
+import pickle
 import weakref
 from pathlib import Path
 
@@ -284,6 +285,14 @@ def test_statistics_count_in_the_plan_and_stand_in_the_manifest(shelf, tmp_path)
     assert [own["reference"] for source in told["sources"] for own in source["statistics"]] == [
         entry["statistics"] for entry in given["models"]
     ]
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_plan_travels_to_other_processes(shelf, method):
+    made = plan(recipe(shelf, method))
+    sent = pickle.loads(pickle.dumps(made))
+    assert [s.header for s in sent.shards] == [s.header for s in made.shards]
+    assert [len(part.source.observed) for part in sent.checkpoint.parts] == [1, 1, 1]
 
 
 def test_it_is_told_that_they_are_experimental_and_what_is_averaged(shelf):
