@@ -43,11 +43,24 @@ class Source:
     has_code: bool = field(default=False, compare=False)  # that its config asks to be run
     card: Card = field(default=Card(), compare=False)
     license_files: Mapping[str, Path] = field(default_factory=dict, compare=False)
+    observed: "tuple[Observed, ...]" = field(default=(), compare=False)
 
     @property
     def is_adapter(self) -> bool:
         """Whether it is no model, but changes to one."""
         return any(file.path.name == ADAPTER for file in self.files)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of a stored model that the result follows from: what the recipe called them, their files, the `model`
+    as it lies there, and the digest (`merger.identity`) of the model that they were made of.
+    """
+
+    reference: str
+    files: tuple[File, ...]
+    model: "Checkpoint"
+    digest: str
 
 
 @dataclass(frozen=True)

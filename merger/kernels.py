@@ -219,7 +219,7 @@ def _round_to_bfloat16(sums: Any, floats: Any, bfloats: Any) -> Any:
 
 
 @compiled
-def _round(sums: Any, floats: Any, address: Any, code: Any) -> Any:
+def round_sums(sums: Any, floats: Any, address: Any, code: Any) -> Any:
     """Write `sums` as type `code` at `address`; return how many are not finite. `floats` is scratch of their size."""
     bad = np.int64(0)
     if code == 0:
@@ -256,7 +256,7 @@ def _weighted_sum(
         sums = buffer[: min(_CHUNK, count - start)]
         for term in range(addresses.size):
             _accumulate(sums, addresses[term] + np.uint64(start * sizes[term]), codes[term], weights[term], term == 0)
-        bad += _round(sums, scratch[: sums.size], out + np.uint64(start * out_size), out_code)
+        bad += round_sums(sums, scratch[: sums.size], out + np.uint64(start * out_size), out_code)
     return bad
 
 
@@ -311,7 +311,7 @@ def load() -> None:
 
 
 @compiled
-def _widen(values: Any, address: Any, code: Any) -> None:
+def widen(values: Any, address: Any, code: Any) -> None:
     """The array of type `code` at `address` as float64."""
     _accumulate(values, address, code, 1.0, True)
 
@@ -323,8 +323,8 @@ def _compare(a: Any, a_code: Any, a_size: Any, b: Any, b_code: Any, b_size: Any,
     for start in range(0, count, _CHUNK):
         size = min(_CHUNK, count - start)
         x, y = left[:size], right[:size]
-        _widen(x, a + np.uint64(start * a_size), a_code)
-        _widen(y, b + np.uint64(start * b_size), b_code)
+        widen(x, a + np.uint64(start * a_size), a_code)
+        widen(y, b + np.uint64(start * b_size), b_code)
         for i in range(size):
             d = x[i] - y[i]
             totals[0] += x[i] * x[i]
@@ -358,7 +358,7 @@ def _add_moments(address: Any, code: Any, size: Any, mask: Any, totals: Any) -> 
     buffer = np.empty(_CHUNK)
     for start in range(0, mask.size, _CHUNK):
         values = buffer[: min(_CHUNK, mask.size - start)]
-        _widen(values, address + np.uint64(start * size), code)
+        widen(values, address + np.uint64(start * size), code)
         for i in range(values.size):
             if mask[start + i]:
                 totals[0] += values[i]

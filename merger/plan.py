@@ -98,8 +98,7 @@ class Plan:
     @property
     def is_remote(self) -> bool:
         """Whether any of it is read from elsewhere."""
-        files = (file for part in self.checkpoint.parts for file in part.source.files)
-        return any(isinstance(file.path, Remote) for file in files)
+        return any(isinstance(file.path, Remote) for file in _files_of(self.checkpoint))
 
     @property
     def weights(self) -> tuple[Shard, ...]:
@@ -159,6 +158,12 @@ def _shard(name: str, group: Iterable[tuple[str, Expression]]) -> Shard:
     return Shard(name, header, tuple(entries), position)
 
 
+def _files_of(checkpoint: Checkpoint) -> list[File]:
+    """The files of its sources, and of statistics of these."""
+    files = [file for part in checkpoint.parts for file in part.source.files]
+    return [*files, *(file for part in checkpoint.parts for own in part.source.observed for file in own.files)]
+
+
 # What a recipe says of its output that changes no byte of the weights: where it goes, and what is allowed.
 ELSEWHERE = ("path", "push", "branch", "create_pr", "private", "drop_code", "accept_license")
 _METADATA = {"format": "pt"}  # what transformers writes, and older versions of it require
@@ -170,7 +175,7 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Mapping[str, Any], shards: Iter
     """
     output = {key: value for key, value in recipe.get("output", {}).items() if key not in ELSEWHERE}
     moments = {leaf.file for tensor in checkpoint.optimizer.values() for leaf in tensor.leaves()}
-    files = [file for part in checkpoint.parts for file in part.source.files]
+    files = _files_of(checkpoint)
     content = {
         "arithmetic": ARITHMETIC,
         "recipe": {**{key: value for key, value in recipe.items() if key != "evaluate"}, "output": output},

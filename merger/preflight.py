@@ -16,6 +16,7 @@ from merger.checkpoint import Checkpoint, Kin
 from merger.dtypes import DTYPES
 from merger.errors import IncompatibleSources, NotEnoughDisk
 from merger.expression import Stored
+from merger.identity import digest_of
 from merger.kernels import weighted_sum
 from merger.plan import Plan
 from merger.reader import part_of
@@ -144,6 +145,21 @@ def _moved(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[tuple[int, in
     nearest = distance.argmin(1)
     far = distance.diagonal() > 2 * distance[np.arange(len(a)), nearest]
     return [(int(i), int(nearest[i])) for i in np.flatnonzero(far & (nearest != np.arange(len(a))))]
+
+
+# ---- statistics ---------------------------------------------------------------------------------------
+
+
+def check_statistics(plan: Plan) -> None:
+    """See that statistics are of the very models that they are used for. Raises IncompatibleSources and ReadFailed."""
+    for part in plan.checkpoint.parts:
+        for own in part.source.observed:
+            if digest_of(own.model) != own.digest:
+                raise IncompatibleSources(
+                    f"holds statistics of another model than {own.model.label}: the values differ",
+                    where=own.reference,
+                    remedy="Make them of this model, or name the one that they were made of, in the dtype that it had.",
+                )
 
 
 # ---- space --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from merger.mergekit_files import combined, result_of
 from merger.methods import METHODS
 from merger.methods.averaging import Track
 from merger.methods.fine_tunes import Weighted
+from merger.methods.informed import Informed
 from merger.methods.method import BESIDE, Choice, Means, Member, Method, Sources, all_evaluations, path_of, settled
 from merger.methods.moe import Expert
 from merger.plan import ELSEWHERE
@@ -279,7 +280,8 @@ def _fields_of(holder: Any, recipe: Any, root: str, path: str) -> list[str]:
         return [*mergekit_config.fields_of(path.rpartition(".")[0]), *([*BESIDE] if "merge_method" in holder else [])]
     if "source_model" in holder:
         return list(Expert.model_fields)
-    kind = METHODS[holder["method"]] if "method" in holder else Weighted if "source" in holder else Track
+    entry = Informed if recipe.get("method") in ("fisher", "regmean") else Weighted
+    kind = METHODS[holder["method"]] if "method" in holder else entry if "source" in holder else Track
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 

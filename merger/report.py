@@ -13,7 +13,7 @@ import yaml
 
 import merger
 from merger.assessment import Evidence
-from merger.checkpoint import Part, parents_of, root_of
+from merger.checkpoint import Observed, Part, parents_of, root_of
 from merger.dtypes import DTYPES
 from merger.expression import File, Identical, Stored, WeightedSum
 from merger.licenses import verdict
@@ -104,11 +104,20 @@ def _source(part: Part) -> dict[str, Any]:
         **{key: value for key, value in known.items() if value},
         "step": source.step,
         "weight": part.weight,
-        "files": [
-            {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256, **_pinned(file)}
-            for file in source.files
-        ],
+        "files": _files(source.files),
+        **({"statistics": [_statistics(own) for own in source.observed]} if source.observed else {}),
     }
+
+
+def _statistics(own: Observed) -> dict[str, Any]:
+    return {"reference": own.reference, "model_digest": own.digest, "files": _files(own.files)}
+
+
+def _files(files: Sequence[File]) -> list[dict[str, Any]]:
+    return [
+        {"name": file.path.name, "size": file.size, "header_sha256": file.header_sha256, **_pinned(file)}
+        for file in files
+    ]
 
 
 def _pinned(file: File) -> dict[str, str]:

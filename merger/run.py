@@ -32,7 +32,7 @@ from merger.judging import LocalJudge, check_installed, own_memory
 from merger.methods.method import Judge, Means, Sources, is_open
 from merger.parity import Mode, parity_check
 from merger.plan import Plan, Shard, make_plan
-from merger.preflight import check_buffers, check_disk, check_kin
+from merger.preflight import check_buffers, check_disk, check_kin, check_statistics
 from merger.push import Cache, cached_files, check_license, destination_of, staging_of
 from merger.receipt import FOLDER, Receipt
 from merger.recipe import (
@@ -119,6 +119,7 @@ def plan_of(document: Document, options: Options, sources: Sources | None = None
     allotment = allot(plan, options.memory, options.threads, options.device)
     check_buffers(plan)
     check_kin(plan)
+    check_statistics(plan)
     return plan, allotment
 
 

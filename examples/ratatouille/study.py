@@ -55,19 +55,19 @@ class Study:
         """Make a recipe's result in `output` with `merger run`; its manifest."""
         path = self.work / f"{output.replace('/', '-')}.yaml"
         path.write_text(yaml.safe_dump({**recipe, "output": {"path": output}}, sort_keys=False))
-        self._merger(["run", path.name])
+        self.command(["run", path.name])
         manifest: dict[str, Any] = json.loads((self.work / output / "merger.json").read_text())
         return manifest
 
     def scores(self, data: str, models: Sequence[str]) -> dict[str, float]:
         """What models measure, by `merger evaluate`."""
-        found = json.loads(self._merger(["evaluate", *models, *self._options(data)]))
+        found = json.loads(self.command(["evaluate", *models, *self._options(data)]))
         return {model: row["metrics"][self.metric] for model, row in found.items()}
 
     def lines(self, data: str, models: Sequence[str]) -> list[dict[str, Any]]:
         """What is measured on the line from each model to the next, by `merger connect`."""
         found: list[dict[str, Any]] = json.loads(
-            self._merger(["connect", *models, "--points", "7", *self._options(data)])
+            self.command(["connect", *models, "--points", "7", *self._options(data)])
         )
         return found
 
@@ -79,7 +79,7 @@ class Study:
         settings = {**self.evaluation, "data": self.data(data)}
         return [*(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()), "--json"]
 
-    def _merger(self, arguments: Sequence[str]) -> str:
+    def command(self, arguments: Sequence[str]) -> str:
         """What the command prints, run in the work folder, where scores are remembered too."""
         variables = {**os.environ, "XDG_CACHE_HOME": str(self.work / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(

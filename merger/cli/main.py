@@ -26,6 +26,7 @@ VERBS = {
     "expand": "add layers that change nothing yet, to train them",
     "extract-lora": "the difference between two models as a LoRA adapter",
     "evaluate": "how well models predict held-out data; recipes too, without writing their results",
+    "statistics": "what a model does on text, as files for merges that are informed by it",
     "connect": "the loss on the straight line between models",
     "stages": "the fine-tunings that a recipe asks for: what each starts from, on which data",
     "ratatouille": "the fine-tunings of Model Ratatouille, listed or done",

@@ -7,6 +7,7 @@ from merger.methods import depth as depth
 from merger.methods import experts as experts
 from merger.methods import extraction as extraction
 from merger.methods import fine_tunes as fine_tunes
+from merger.methods import informed as informed
 from merger.methods import lora as lora
 from merger.methods import lorahub as lorahub
 from merger.methods import masks as masks
