@@ -28,11 +28,12 @@ _THREADS_WITH_SQLITE = 3
 
 def create_app(settings: Settings, store: Store, ray: RayJobs, *, dispatching: bool = True) -> FastAPI:
     """The API over a store and a Ray cluster; with a dispatcher of its own unless told otherwise."""
-    context = Context(settings, store, ray, Metrics(store), Vault(store, settings.secret_keys))
+    context = Context(settings, store, ray, Metrics(store, ray), Vault(store, settings.secret_keys))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        dispatcher = Dispatcher(store, ray, settings)
+        rounds = context.metrics.rounds() if dispatching else None
+        dispatcher = Dispatcher(store, ray, settings, rounds=rounds)
         thread = threading.Thread(target=dispatcher.run, name="dispatcher", daemon=True)
         if dispatching:
             thread.start()

@@ -20,6 +20,7 @@ from pathlib import Path
 from api import machine
 from api.jobs import Attempt, Job, Needs, State
 from api.machine import Cleared, Dispatched, Happening, Lost, Refused, Waiting
+from api.metrics import Rounds
 from api.ray_jobs import STOPPED, RayJobs, RayUnreachable, Submission
 from api.settings import Settings
 from api.store.store import NotFound, Store, Unavailable
@@ -36,8 +37,16 @@ def digest(secret: str) -> str:
 class Dispatcher:
     """Starts, watches and ends attempts; `round` is one look at everything, `run` goes on until it is stopped."""
 
-    def __init__(self, store: Store, ray: RayJobs, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ray: RayJobs,
+        settings: Settings,
+        clock: Callable[[], float] = time.time,
+        rounds: Rounds | None = None,
+    ) -> None:
         self._store, self._ray, self._settings, self._clock = store, ray, settings, clock
+        self._rounds = rounds or Rounds()
         self._name = f"dispatcher-{uuid.uuid4()}"
         self._stopped = threading.Event()
         self._looking_since: float | None = None
@@ -71,6 +80,7 @@ class Dispatcher:
         now = self._clock()
         if not self._store.hold(_LEASE, self._name, now, self._settings.lease_seconds):
             self._looking_since = None
+            self._rounds.stood_by()
             return False
         if self._looking_since is None:
             self._looking_since = now
@@ -81,6 +91,7 @@ class Dispatcher:
             with suppress(RayUnreachable):  # the next round tries again; leases are watched meanwhile
                 self._see_to(job, now)
         self._start_queued(self._settings.max_running - len(active), now)
+        self._rounds.led(self._clock())
         return True
 
     def _change(self, job: Job, happening: Happening) -> Job | None:
@@ -97,8 +108,9 @@ class Dispatcher:
             return
         queued = self._store.queued(now, room + 50)
         nodes = self._ray.nodes() if queued else []
-        for job in queued:
-            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes)
+        obstacles = [_obstacle(job.needs, self._settings.runner_cpus, nodes) for job in queued]
+        self._rounds.looked(sum(map(bool, obstacles)))
+        for job, reason in zip(queued, obstacles, strict=True):
             if reason:
                 if reason != job.waiting_for:
                     self._change(job, Waiting(now, reason))
@@ -159,6 +171,7 @@ class Dispatcher:
     def _lose(self, job: Job, attempt: Attempt, reason: str, now: float) -> None:
         self._keep_ray_logs(job, attempt, now)
         if self._change(job, Lost(now, attempt.number, reason)):
+            self._rounds.lost()
             _LOG.warning("job %s, attempt %d: %s", job.id, attempt.number, reason)
             with suppress(RayUnreachable):
                 self._ray.stop(job.submission)

@@ -87,7 +87,7 @@ def report(job: UUID, number: int, body: _Report, context: InContext, credential
     lease = now + context.settings.lease_seconds
     happening = machine.Reported(now, number, body.report, body.progress, entries, lease)
     after = context.store.change(str(job), happening, body.lines)
-    context.metrics.reported(before, after)
+    context.metrics.reported(before, after, entries)
     return {"word": (Word.CANCEL if after.state is State.CANCELING else Word.GO_ON).value}
 
 
@@ -128,7 +128,7 @@ def _hub_token(context: Context, job: Job) -> Token | None:
     except (NoKeys, NoSecret) as error:
         problem = Problem(type(error).__name__, str(error), "secrets.hub_token", error.remedy)
         happening = machine.Failed(time.time(), job.attempt.number, problem, again=False)
-        context.metrics.ended(context.store.change(job.id, happening))
+        context.metrics.ended(job, context.store.change(job.id, happening))
         raise HTTPException(409, str(error)) from error
 
 
@@ -148,7 +148,7 @@ def _end(
     """Let the attempt end; said again because the answer was lost, it is taken once."""
     before = _speaking(context, job, number, credentials)
     try:
-        context.metrics.ended(context.store.change(str(job), happening))
+        context.metrics.ended(before, context.store.change(str(job), happening))
     except machine.Refused:
         if before.attempt.number != number or before.attempt.ended_at is None:
             raise

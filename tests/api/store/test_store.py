@@ -99,7 +99,7 @@ def test_attempts_come_back(store: Store) -> None:
     made, _ = store.add(job())
     store.change(made.id, Dispatched(1001.0, "code"))
     found = store.change(made.id, Claimed(1002.0, 1, "code", "me", "token", 1017.0))
-    expected = Attempt(1, 1001.0, "code", "me", "token", 1017.0, claimed_at=1002.0, moved=1002.0)
+    expected = Attempt(1, 1001.0, "code", "me", "token", 1017.0, claimed_at=1002.0, moved=1002.0, phased=1001.0)
     assert store.get(made.id) == found
     assert found.attempts == (expected,)
 
