@@ -110,7 +110,11 @@ class Rounds:
 
 
 def _attempts(registry: CollectorRegistry | None) -> Counter:
-    return Counter("merger_attempts", "Attempts that have ended, by how.", ["outcome"], registry=registry)
+    """All outcomes from zero: an increase that begins with one is not seen as one."""
+    attempts = Counter("merger_attempts", "Attempts that have ended, by how.", ["outcome"], registry=registry)
+    for outcome in ("succeeded", "failed", "canceled", "lost"):
+        attempts.labels(outcome)
+    return attempts
 
 
 class _Jobs(Collector):
