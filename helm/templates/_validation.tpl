@@ -1,7 +1,7 @@
 {{/* What no schema can say about the values: all that is wrong, told at once and before anything is made. */}}
 
 {{- define "merger.validate" -}}
-{{- $wrong := concat (include "merger.wrong.names" . | fromYamlArray) (include "merger.wrong.database" . | fromYamlArray) (include "merger.wrong.api" . | fromYamlArray) (include "merger.wrong.network" . | fromYamlArray) -}}
+{{- $wrong := concat (include "merger.wrong.names" . | fromYamlArray) (include "merger.wrong.database" . | fromYamlArray) (include "merger.wrong.api" . | fromYamlArray) (include "merger.wrong.network" . | fromYamlArray) (include "merger.wrong.monitoring" . | fromYamlArray) -}}
 {{- if $wrong -}}
 {{- fail (printf "\n- %s\n" (join "\n- " $wrong)) -}}
 {{- end -}}
