@@ -120,7 +120,8 @@ CASES = [
 def test_pods_talk_to_whom_they_must(source: Any, target: Any, port: Any, values: Any, expected: bool) -> None:
     objects = render({"networkPolicy": values}, scenario="minimal")
     ends = _ends(objects)
-    assert allowed(objects, ends.get(source, source), ends.get(target, target), port) is expected
+    first, second = (ends.get(end, end) if isinstance(end, str) else end for end in (source, target))
+    assert allowed(objects, first, second, port) is expected
 
 
 def test_the_api_lets_runners_in() -> None:
