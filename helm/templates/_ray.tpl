@@ -29,3 +29,7 @@ http://{{ include "merger.ray.name" . }}-head-svc:8265
     - port: 8265
       protocol: TCP
 {{- end -}}
+
+{{/* Refuses what cannot work, with what to do. */}}
+{{- define "merger.ray.validate" -}}
+{{- end -}}

@@ -15,3 +15,7 @@
 {{/* Sources of variables of the container, such as a Secret with an object store's credentials. */}}
 {{- define "merger.storage.envFrom" -}}
 {{- end -}}
+
+{{/* Refuses what cannot work, with what to do. */}}
+{{- define "merger.storage.validate" -}}
+{{- end -}}
