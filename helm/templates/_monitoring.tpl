@@ -11,9 +11,16 @@ interval: {{ .interval }}
 scrapeTimeout: {{ .scrapeTimeout }}
 {{- end -}}
 
-{{/* A pattern of the release's volume claims. */}}
+{{/* A pattern of the volume claims that the release uses: its own, and those that are named to it. */}}
 {{- define "merger.monitoring.claims" -}}
-{{ include "merger.fullname" . }}(-.*)?
+{{- $storage := default dict .Values.storage -}}
+{{- $named := list (dig "volume" "existingClaim" "" $storage) (dig "modelCache" "existingClaim" "" $storage) | compact -}}
+{{- join "|" (prepend $named (printf "(data-)?%s(-.*)?" (include "merger.fullname" .))) -}}
+{{- end -}}
+
+{{/* Whether Ray's pods are the chart's: "yes", or nothing where the cluster is somebody else's. */}}
+{{- define "merger.monitoring.ownRay" -}}
+{{- if not (dig "external" "url" "" (default dict .Values.ray)) }}yes{{ end -}}
 {{- end -}}
 
 {{/* Sentences on what is wrong with the values, as in _validation.tpl. */}}

@@ -190,6 +190,28 @@ def test_every_row_of_every_table_comes_back_and_secrets_open_with_their_key_alo
             world.vault.reveal("default", "team-hub")
 
 
+def test_old_jobs_go_with_all_that_is_theirs_by_the_statement_of_the_guide(
+    database: Database, run_folder: Path
+) -> None:
+    [statement] = re.findall(r"^    (delete from jobs .*?;)", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    with World(database, run_folder, ScriptedRay()) as world:
+        old, waiting, young = (world.submit(run_folder, name) for name in "abc")
+        for job in (old, young):
+            world.store.log(job, 0, ["said"], 1.0)
+            assert world.client.post(f"/v1/jobs/{job}:cancel").status_code == 200
+        with world.store.engine.begin() as connection:
+            year = {"ids": [old, waiting], "then": time.time() - 400 * 86400}
+            connection.execute(text("update jobs set created_at = :then where id = any(:ids)"), year)
+            assert connection.execute(text(statement)).rowcount == 1
+        left = [job["id"] for job in world.client.get("/v1/jobs").json()["jobs"]]
+        assert sorted(left) == sorted([waiting, young])
+        with world.store.engine.begin() as connection:
+            for table in ("events", "logs"):
+                found = {row[0] for row in connection.execute(text(f"select distinct job from {table}"))}
+                assert old not in found
+                assert young in found
+
+
 def test_a_runner_that_the_backup_knows_goes_on(database: Database, run_folder: Path) -> None:
     ray = ScriptedRay()
     with World(database, run_folder, ray) as world:

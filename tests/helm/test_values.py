@@ -180,7 +180,7 @@ def _other(entry: Entry) -> Any:
         return [next(each for each in samples if jsonschema.Draft7Validator(item).is_valid(each))]
     if kind == "object":
         return {"requests": {"cpu": "77m", "memory": "7Gi"}} if "properties" in schema else {"example.org/other": "x"}
-    samples = ["other", "7Gi", "http://other.example.org"]
+    samples = ["other", "7Gi", "7s", "http://other.example.org"]
     return next(each for each in samples if jsonschema.Draft7Validator(schema).is_valid(each) and each != entry.default)
 
 
