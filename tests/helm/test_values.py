@@ -161,6 +161,10 @@ OTHERS = {
     "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}}],
     "settings": {"max_running": 77},
     "httpRoute.timeouts": {"request": "77s"},
+    "monitoring.prometheusRule.disabled": ["MergerApiSlow"],
+    "monitoring.prometheusRule.thresholds.errorShare": 0.5,
+    "monitoring.prometheusRule.thresholds.headMemoryShare": 0.5,
+    "monitoring.prometheusRule.thresholds.volumeFreeShare": 0.5,
 }
 
 
