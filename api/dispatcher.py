@@ -13,8 +13,8 @@ import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from api import machine
@@ -41,9 +41,35 @@ class Dispatcher:
         self._name = f"dispatcher-{uuid.uuid4()}"
         self._stopped = threading.Event()
         self._looking_since: float | None = None
+        self._last_step = time.monotonic()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let a thread of its own do rounds until the end of the block."""
+        thread = threading.Thread(target=self.run, name="dispatcher", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            thread.join(self._settings.grace_seconds)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the dispatcher that works, as far as it knows."""
+        return self._looking_since is not None
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long ago it last did anything: began a round, or looked at another job in one."""
+        return time.monotonic() - self._last_step
 
     def run(self, pause: float = 0.3) -> None:
         """Rounds until `stop`. An unreachable database or cluster ends a round, not the dispatcher."""
+        self._rounds(pause)
+        self._release()  # once more: the last round may have begun with taking the lease
+
+    def _rounds(self, pause: float) -> None:
         trouble = ""
         while not self._stopped.wait(pause):
             try:
@@ -61,14 +87,19 @@ class Dispatcher:
     def stop(self) -> None:
         """End `run` and give the lease back."""
         self._stopped.set()
-        try:
+        self._release()
+
+    def _release(self) -> None:
+        self._looking_since = None
+        with suppress(Unavailable):  # it runs out by itself then
             self._store.release(_LEASE, self._name)
-        except Unavailable:
-            return  # it runs out by itself
 
     def round(self) -> bool:
         """Do what is to do now; False where another dispatcher is at work."""
+        self._last_step = time.monotonic()
         now = self._clock()
+        if self._looking_since is None:
+            self._store.check()  # before it takes the lease: another one may know these tables
         if not self._store.hold(_LEASE, self._name, now, self._settings.lease_seconds):
             self._looking_since = None
             return False
@@ -78,9 +109,13 @@ class Dispatcher:
             self._change(job, machine.CancelAsked(now, State.TIMED_OUT, "it waited too long"))
         active = self._store.active()
         for job in active:
+            if self._stopped.is_set():  # the lease is given back
+                return True
+            self._last_step = time.monotonic()
             with suppress(RayUnreachable):  # the next round tries again; leases are watched meanwhile
                 self._see_to(job, now)
-        self._start_queued(self._settings.max_running - len(active), now)
+        if not self._stopped.is_set():
+            self._start_queued(self._settings.max_running - len(active), now)
         return True
 
     def _change(self, job: Job, happening: Happening) -> Job | None:
@@ -108,6 +143,7 @@ class Dispatcher:
             room -= 1
             started = self._change(job, Dispatched(now, secrets.token_urlsafe(24)))
             if started:
+                _LOG.info("attempt starts", extra={"job": job.id, "attempt": started.attempt.number})
                 self._submit(started)
 
     def _submit(self, job: Job) -> None:
@@ -159,7 +195,7 @@ class Dispatcher:
     def _lose(self, job: Job, attempt: Attempt, reason: str, now: float) -> None:
         self._keep_ray_logs(job, attempt, now)
         if self._change(job, Lost(now, attempt.number, reason)):
-            _LOG.warning("job %s, attempt %d: %s", job.id, attempt.number, reason)
+            _LOG.warning("attempt lost: %s", reason, extra={"job": job.id, "attempt": attempt.number})
             with suppress(RayUnreachable):
                 self._ray.stop(job.submission)
 

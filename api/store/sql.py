@@ -12,12 +12,14 @@ from sqlalchemy.orm import Session
 from api.jobs import ACTIVE, Attempt, Event, Job, LogLine, State
 from api.machine import Happening
 from api.store.connections import WRITING, open_engine
-from api.store.migrate import is_current
 from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store, Unavailable, apply, created
 from api.store.tables import AttemptRow, EventRow, JobRow, KeyRow, LeaseRow, LogRow, RequestRow, SecretRow
+from api.store.versions import works_on
 
 _JOB, _ATTEMPT = TypeAdapter(Job), TypeAdapter(Attempt)
 _COLUMNS = frozenset({"project", "state", "method", "priority", "labels", "created_at", "queued_at", "not_before"})
+_OTHER_TABLES = frozenset({"42P01", "42703"})  # PostgreSQL has no such table, no such column
+_ANOTHER_VERSION = "the database has the tables of another version"
 
 
 class SqlStore(Store):
@@ -37,6 +39,10 @@ class SqlStore(Store):
                 yield session
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable(str(error).splitlines()[0]) from error
+        except exc.ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", "") in _OTHER_TABLES:
+                raise Unavailable(_ANOTHER_VERSION) from error
+            raise
 
     # ---- jobs -----------------------------------------------------------------------------------------
 
@@ -218,8 +224,8 @@ class SqlStore(Store):
 
     def check(self) -> None:
         with self._session() as session:
-            if not is_current(session.connection()):
-                raise Unavailable("the database has the tables of another version")
+            if not works_on(session.connection()):
+                raise Unavailable(_ANOTHER_VERSION)
 
     def close(self) -> None:
         self.engine.dispose()

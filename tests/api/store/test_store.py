@@ -1,7 +1,5 @@
 """Every store gives the same answers: in memory, on SQLite, and on PostgreSQL if MERGER_TEST_DATABASE_URL has one."""
 
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,15 +8,14 @@ from threading import Barrier
 from typing import TypeVar
 
 import pytest
-from sqlalchemy import text
 
 from api.jobs import Attempt, Entry, Job, Limits, Needs, Problem, State, new_id
 from api.machine import CancelAsked, Claimed, Dispatched, Refused, Reported, Waiting
-from api.store.connections import open_engine
 from api.store.memory import MemoryStore
 from api.store.migrate import migrate
 from api.store.sql import SqlStore
 from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store
+from tests.api.store.databases import database
 from workers.reports import Progress
 
 T = TypeVar("T")
@@ -29,31 +26,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "memory":
         yield MemoryStore()
         return
-    if request.param == "sqlite":
-        yield from _migrated(f"sqlite:///{tmp_path / 'jobs.db'}")
-        return
-    url = os.environ.get("MERGER_TEST_DATABASE_URL")
-    if not url:
-        pytest.skip("MERGER_TEST_DATABASE_URL names no PostgreSQL")
-    schema = f"test_{uuid.uuid4().hex}"
-    server = open_engine(url)
-    with server.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-    try:
-        yield from _migrated(f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{schema}")
-    finally:
-        with server.begin() as connection:
-            connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-        server.dispose()
-
-
-def _migrated(url: str) -> Iterator[Store]:
-    store = SqlStore(url)
-    migrate(store.engine)
-    try:
-        yield store
-    finally:
-        store.close()
+    with database(request.param, tmp_path) as url:
+        store = SqlStore(url)
+        migrate(store.engine)
+        try:
+            yield store
+        finally:
+            store.close()
 
 
 def job(at: float = 1000.0, **fields: object) -> Job:
