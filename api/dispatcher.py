@@ -8,12 +8,13 @@ renew it proves nothing.
 
 import hashlib
 import logging
+import math
 import secrets
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from api import machine
 from api.jobs import Attempt, Job, Needs, State
 from api.machine import Cleared, Dispatched, Happening, Lost, Refused, Waiting
 from api.ray_jobs import STOPPED, RayJobs, RayUnreachable, Submission
-from api.settings import Settings
+from api.settings import NodeShape, Settings
 from api.store.store import NotFound, Store, Unavailable
 
 _LEASE = "dispatcher"
@@ -133,7 +134,7 @@ class Dispatcher:
         queued = self._store.queued(now, room + 50)
         nodes = self._ray.nodes() if queued else []
         for job in queued:
-            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes)
+            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes, self._settings.node_shapes)
             if reason:
                 if reason != job.waiting_for:
                     self._change(job, Waiting(now, reason))
@@ -234,12 +235,18 @@ def _entrypoint(command: list[str]) -> str:
     return f"exec {shlex.join(command)}"
 
 
-def _obstacle(needs: Needs, runner_cpus: float, nodes: list[Needs]) -> str:
-    """Why no node could ever run a task that needs this much; empty where one could."""
-    if any(n.cpus >= needs.cpus and n.gpus >= needs.gpus and n.memory >= needs.memory for n in nodes):
-        fits = any(n.cpus >= runner_cpus for n in nodes)
-        return "" if fits and sum(n.cpus for n in nodes) >= needs.cpus + runner_cpus else "no processor for the runner"
-    largest = max(nodes, key=lambda node: (node.memory, node.cpus), default=Needs(0, 0, 0))
+def _obstacle(needs: Needs, runner_cpus: float, nodes: Sequence[Needs], shapes: Sequence[NodeShape]) -> str:
+    """Why no node could ever run a task that needs this much, living or one that an autoscaler may add; empty where
+    one could.
+    """
+    shapes = [shape for shape in shapes if shape.count != 0]
+    able = [*nodes, *(Needs(shape.cpus, shape.gpus, shape.memory) for shape in shapes)]
+    if any(n.cpus >= needs.cpus and n.gpus >= needs.gpus and n.memory >= needs.memory for n in able):
+        fits = any(n.cpus >= runner_cpus for n in able)
+        addable = sum(shape.cpus * (math.inf if shape.count is None else shape.count) for shape in shapes if shape.cpus)
+        room = max(sum(n.cpus for n in nodes), addable)  # living nodes may be of these shapes
+        return "" if fits and room >= needs.cpus + runner_cpus else "no processor for the runner"
+    largest = max(able, key=lambda node: (node.memory, node.cpus), default=Needs(0, 0, 0))
     return (
         f"a task needs {needs.cpus:g} processors, {needs.gpus:g} GPUs and {needs.memory:,} bytes; "
         f"the largest node has {largest.cpus:g}, {largest.gpus:g} and {largest.memory:,}"

@@ -1,6 +1,7 @@
 """Everything that can be set about the service, from the environment. Knows names and defaults only."""
 
 import difflib
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -49,6 +50,7 @@ class NodeShape(BaseModel):
 Folders = Annotated[tuple[Path, ...], NoDecode]
 Addresses = Annotated[tuple[str, ...], NoDecode]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
+Shapes = Annotated[tuple[NodeShape, ...], NoDecode]
 
 # How a person makes a key for `secret_keys`.
 MAKE_KEY = 'python -c "from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())"'
@@ -97,7 +99,7 @@ class Settings(BaseSettings):
         default="auto", description="Where a task decomposes matrices; with cuda it asks Ray for a GPU."
     )
     runner_cpus: float = Field(default=0.25, gt=0, description="Processors that a runner reserves.")
-    node_shapes: tuple[NodeShape, ...] = Field(
+    node_shapes: Shapes = Field(
         default=(),
         description="The nodes that an autoscaler may add to the cluster, as JSON: "
         '[{"cpus": 16, "gpus": 0, "memory": "64Gi", "count": 10}].',
@@ -130,6 +132,14 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("node_shapes", mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        try:
+            return json.loads(value or "[]") if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"is no JSON: {error}") from None
+
     @field_validator("secret_keys")
     @classmethod
     def _see_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -154,11 +164,11 @@ def read_settings(**own: Any) -> Settings:
 
 def unknown_in(environment: Collection[str]) -> list[str]:
     """What to tell of variables that look like settings and are none: misspelt ones would be silent otherwise."""
-    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields}
     told = []
     for name in sorted(environment):
-        taken = name.upper() in known or name in _CLIENTS or _SERVICE_LINK.search(name)
-        if name.upper().startswith(_PREFIX) and not taken:
-            closest = difflib.get_close_matches(name.upper(), known, 1)
-            told.append(f"{name} is no setting" + (f"; is {closest[0]} meant?" if closest else ""))
+        short = name.lower().removeprefix(_PREFIX.lower())
+        if short == name.lower() or short in Settings.model_fields or name in _CLIENTS or _SERVICE_LINK.search(name):
+            continue
+        closest = difflib.get_close_matches(short, Settings.model_fields, 1)
+        told.append(f"{name} is no setting" + (f"; is {_PREFIX}{closest[0].upper()} meant?" if closest else ""))
     return told
