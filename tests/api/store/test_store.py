@@ -14,7 +14,7 @@ from api.machine import CancelAsked, Claimed, Dispatched, Refused, Reported, Wai
 from api.store.memory import MemoryStore
 from api.store.migrate import migrate
 from api.store.sql import SqlStore
-from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store
+from api.store.store import ClientKey, KeyReused, NotFound, Query, Request, Secret, Store
 from tests.api.store.databases import database
 from workers.reports import Progress
 
@@ -278,3 +278,22 @@ def test_of_secrets_of_one_name_at_once_one_is_new(store: Store) -> None:
 
 def test_of_holders_at_once_one_gets_the_lease(store: Store) -> None:
     assert sum(at_once(8, lambda number: store.hold("l", str(number), 1.0, 10))) == 1
+
+
+def test_keys_are_listed_by_age_and_removed(store: Store) -> None:
+    store.add_key("b" * 64, "p", 2.0, "later")
+    store.add_key("a" * 64, "q", 1.0)
+    assert store.client_keys() == [ClientKey("a" * 64, "q", 1.0), ClientKey("b" * 64, "p", 2.0, "later")]
+    assert store.remove_key("a" * 64)
+    assert not store.remove_key("a" * 64)
+    assert store.project_of("a" * 64) is None
+    assert [key.id for key in store.client_keys()] == ["b" * 12]
+
+
+def test_a_secret_is_replaced_only_where_it_is_what_it_was(store: Store) -> None:
+    store.put_secret("p", "one", "old", 1.0)
+    store.put_secret("a", "two", "old", 1.0)
+    assert not store.replace_secret("p", "one", "other", "new")
+    assert not store.replace_secret("p", "none", "old", "new")
+    assert store.replace_secret("p", "one", "old", "new")
+    assert store.all_secrets() == [("a", Secret("two", "old", 1.0, 1.0)), ("p", Secret("one", "new", 1.0, 1.0))]
