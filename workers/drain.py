@@ -52,6 +52,8 @@ def runners(raylet: psutil.Process) -> list[psutil.Process]:
 def _announce(raylet: psutil.Process, seconds: float) -> None:
     """Ray's own command: hidden, but what its autoscaler does to a node that will be taken away."""
     known = dict(word.split("=", 1) for word in _command(raylet) if word.startswith("--") and "=" in word)
+    if not {"--gcs-address", "--node_id"} <= known.keys():
+        raise DrainRefused(f"process {raylet.pid} is no node: it names no --node_id and --gcs-address")
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
         *("--address", known["--gcs-address"], "--node-id", known["--node_id"]),
