@@ -46,7 +46,7 @@ class Dispatcher:
         rounds: Rounds | None = None,
     ) -> None:
         self._store, self._ray, self._settings, self._clock = store, ray, settings, clock
-        self._rounds = rounds or Rounds()
+        self._tally = rounds or Rounds()
         self._name = f"dispatcher-{uuid.uuid4()}"
         self._stopped = threading.Event()
         self._looking_since: float | None = None
@@ -80,7 +80,7 @@ class Dispatcher:
         now = self._clock()
         if not self._store.hold(_LEASE, self._name, now, self._settings.lease_seconds):
             self._looking_since = None
-            self._rounds.stood_by()
+            self._tally.stood_by()
             return False
         if self._looking_since is None:
             self._looking_since = now
@@ -91,7 +91,7 @@ class Dispatcher:
             with suppress(RayUnreachable):  # the next round tries again; leases are watched meanwhile
                 self._see_to(job, now)
         self._start_queued(self._settings.max_running - len(active), now)
-        self._rounds.led(self._clock())
+        self._tally.led(self._clock())
         return True
 
     def _change(self, job: Job, happening: Happening) -> Job | None:
@@ -109,7 +109,7 @@ class Dispatcher:
         queued = self._store.queued(now, room + 50)
         nodes = self._ray.nodes() if queued else []
         obstacles = [_obstacle(job.needs, self._settings.runner_cpus, nodes) for job in queued]
-        self._rounds.looked(sum(map(bool, obstacles)))
+        self._tally.looked(sum(map(bool, obstacles)))
         for job, reason in zip(queued, obstacles, strict=True):
             if reason:
                 if reason != job.waiting_for:
@@ -171,7 +171,7 @@ class Dispatcher:
     def _lose(self, job: Job, attempt: Attempt, reason: str, now: float) -> None:
         self._keep_ray_logs(job, attempt, now)
         if self._change(job, Lost(now, attempt.number, reason)):
-            self._rounds.lost()
+            self._tally.lost()
             _LOG.warning("job %s, attempt %d: %s", job.id, attempt.number, reason)
             with suppress(RayUnreachable):
                 self._ray.stop(job.submission)
