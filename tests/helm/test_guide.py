@@ -1,4 +1,4 @@
-"""The operator's guide and the runbooks name values, settings, metrics, sections that exist; their sizes are current."""
+"""The operator's guide and the runbooks name values, settings, metrics, sections that exist; sizes are current."""
 
 import re
 import shlex
