@@ -1,4 +1,4 @@
-"""The operator's guide and the runbooks name what exists: values, settings, metrics, sections; their sizes are current."""
+"""The operator's guide and the runbooks name values, settings, metrics, sections that exist; sizes are current."""
 
 import re
 import shlex
