@@ -90,10 +90,11 @@ def _comment(lines: list[str], line: int) -> str:
     return ""
 
 
-def settings() -> list[Entry]:
-    """The fields of the service's settings that are set as they are."""
-    fields = {name: field for name, field in _model().items() if name not in DERIVED}
-    return [Entry(("settings", name), field["description"], field.get("default")) for name, field in fields.items()]
+def settings(documented: list[Entry]) -> list[Entry]:
+    """The fields of the service's settings that are set as they are, without those that the values file has."""
+    all_ = [Entry(("settings", name), field["description"], field.get("default")) for name, field in _model().items()]
+    taken = {entry.path for entry in documented}
+    return [entry for entry in all_ if entry.path[1] not in DERIVED and entry.path not in taken]
 
 
 def _model() -> dict[str, Schema]:
@@ -169,9 +170,9 @@ def made() -> dict[Path, str]:
     """The files with what is made, each as it should stand."""
     documented = entries((CHART / "values.yaml").read_text())
     schema = filled(json.loads((CHART / "values.schema.json").read_text()), documented)
-    at = [entry.path for entry in documented].index(("settings",)) + 1
+    at = max(i for i, entry in enumerate(documented, 1) if entry.path[0] == "settings")
     readme = _between((CHART / "README.md").read_text(), SCENARIOS_BEGIN, SCENARIOS_END, scenarios())
-    values = table([*documented[:at], *settings(), *documented[at:]])
+    values = table([*documented[:at], *settings(documented), *documented[at:]])
     return {
         CHART / "values.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
         CHART / "README.md": _between(readme, BEGIN, END, values),

@@ -168,7 +168,6 @@ OTHERS = {
     "api.podDisruptionBudget.maxUnavailable": 2,
     "dispatcher.podDisruptionBudget.maxUnavailable": 2,
     "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}}],
-    "settings": {"max_running": 77},
     "httpRoute.timeouts": {"request": "77s"},
     "storage.mode": "objects",
     "storage.volume.accessModes": ["ReadWriteOnce"],
@@ -286,9 +285,10 @@ def test_what_the_chart_derives_it_renders() -> None:
     assert {f"MERGER_{name.upper()}" for name in DERIVED} <= rendered
 
 
-def test_defaults_are_those_of_the_service() -> None:
+def test_defaults_are_those_of_the_service_but_for_what_the_values_say() -> None:
     for name, field in SCHEMA["properties"]["settings"]["properties"].items():
-        assert field["default"] == Settings.model_fields[name].get_default(), name
+        assert field["default"] == {**Settings().model_dump(mode="json"), **VALUES["settings"]}[name], name
+    assert VALUES["settings"].keys() == {"start_seconds"}  # which the README gives a reason for
 
 
 def test_the_service_reads_settings_as_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
