@@ -26,6 +26,8 @@ from tests.service.processes import Cluster, until
 from workers.reports import Progress
 
 DATABASE = {"database": {"existingSecret": "merger-database"}}
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+WHOLE = pytest.mark.skipif(not {"ray", "storage"} <= VALUES.keys(), reason="a tree without the chart's Ray and storage")
 KINDS = {"serviceMonitor": "ServiceMonitor", "podMonitor": "PodMonitor", "prometheusRule": "PrometheusRule"}
 RUNBOOKS = CHART.parent / "docs" / "runbooks.md"
 # What Prometheus, its operator and Kubernetes put on every sample.
@@ -134,6 +136,24 @@ def test_the_pod_monitor_asks_every_port_of_ray_and_its_labels_are_those_that_ex
     assert monitor["selector"] == {"matchLabels": {"ray.io/cluster": "demo-merger-ray"}}
     assert [each["port"] for each in monitor["podMetricsEndpoints"]] == ["metrics", "as-metrics", "dash-metrics"]
     assert {re.sub(r"[./-]", "_", label) for label in monitor["podTargetLabels"]} <= TARGET
+
+
+@WHOLE
+def test_a_cluster_of_somebody_else_has_no_pod_monitor() -> None:
+    values = {**DATABASE, "monitoring": {"podMonitor": {"enabled": True}}}
+    external = {"external": {"url": "http://ray-head:8265"}, "auth": {"existingSecret": "ray-token"}}
+    assert every(render(values), "PodMonitor")
+    assert not every(render({**values, "ray": external}), "PodMonitor")
+
+
+@WHOLE
+def test_the_alert_for_volumes_watches_claims_that_are_named_to_the_release() -> None:
+    storage = {"volume": {"existingClaim": "models"}, "modelCache": {"enabled": True, "existingClaim": "cache"}}
+    values = {**DATABASE, "storage": storage, "monitoring": {"prometheusRule": {"enabled": True}}}
+    [group] = find(render(values), "PrometheusRule")["spec"]["groups"]
+    [rule] = [rule for rule in group["rules"] if rule["alert"] == "MergerVolumeFull"]
+    patterns = {value for one in selectors(rule["expr"]) for label, _, value in one.matchers if label != "namespace"}
+    assert patterns == {"(data-)?demo-merger(-.*)?|models|cache"}
 
 
 # ---- expressions --------------------------------------------------------------------------------------
