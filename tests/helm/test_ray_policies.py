@@ -17,7 +17,7 @@ def _ports(rules: list[Object]) -> set[Any]:
 
 def test_the_head_takes_jobs_from_the_service_alone() -> None:
     [rule] = _policy(None, "-ray-head")["ingress"]
-    assert _ports([rule]) == {"dashboard"}
+    assert _ports([rule]) == {8265}
     components = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"][:2]]
     assert components == ["api", "dispatcher"]
     [values] = [expression["values"] for expression in rule["from"][2]["namespaceSelector"]["matchExpressions"]]
@@ -35,10 +35,10 @@ def test_nobody_reaches_ray_client() -> None:
 
 
 def test_ports_of_policies_are_ports_of_pods() -> None:
-    names = {port["name"] for pod in pods_of(cluster_of()).values() for port in pod["containers"][0]["ports"]}
+    names = {port["containerPort"] for pod in pods_of(cluster_of()).values() for port in pod["containers"][0]["ports"]}
     values = {"networkPolicy": {"monitoringNamespaces": ["m"]}}
     told = _ports(_policy(values, "-ray-head")["ingress"]) | _ports(_policy(values, "-merger-ray")["ingress"])
-    assert told == {"dashboard", "metrics", "as-metrics", "dash-metrics"}
+    assert told == {8265, 8080, 44217, 44227}
     assert told <= names
     assert _ports(_policy(None, "-merger-ray")["ingress"]) == set()
 
@@ -51,7 +51,7 @@ def test_workers_do_not_reach_the_database() -> None:
     # Only pods of the release, name servers and HTTPS: the one rule without ports is for Ray's own pods.
     [open_rule] = [rule for rule in _policy(None, "-merger-ray")["egress"] if "ports" not in rule]
     assert open_rule["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "ray"
-    assert _ports(_policy(None, "-merger-ray")["egress"]) == {53, 443, "http"}
+    assert _ports(_policy(None, "-merger-ray")["egress"]) == {53, 443, 8080}
 
 
 def test_the_autoscaler_reaches_kubernetes() -> None:

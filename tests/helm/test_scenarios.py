@@ -8,9 +8,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, HELM, Object, render
+from tests.helm.chart import CHART, HELM, SCENARIOS, Object, render
 
-SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 # Kinds whose definitions are not Kubernetes' own.
 FOREIGN = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
