@@ -151,7 +151,3 @@ folder of the pod, and the caches beside it hold what other tenants have read.
 {{- end -}}
 {{- end -}}
 {{- end -}}
-
-{{/* Refuses what cannot work, with what to do. */}}
-{{- define "merger.storage.validate" -}}
-{{- end -}}
