@@ -48,10 +48,12 @@ def validate(
     recipe: Recipe,
     settings: Settings,
     hub_token: Token | None = None,
+    *,
+    runs: bool = True,
 ) -> Validated:
-    """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
+    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
-    if not settings.shared_folders and document.output.path is not None:
+    if runs and not settings.shared_folders and document.output.path is not None:
         raise RecipeError(
             "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
         )
