@@ -51,7 +51,9 @@ def validate(
     *,
     runs: bool = True,
 ) -> Validated:
-    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError; everything known from headers is refused here."""
+    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError;
+    everything known from headers is refused here.
+    """
     document = document_of(recipe)
     if runs and not settings.shared_folders and document.output.path is not None:
         raise RecipeError(

@@ -1,5 +1,6 @@
-"""The Dockerfile: what it says, and its very steps in a root folder of our own. No engine for images is needed; what only
-an engine does (layers, the metadata of an image, a registry) is not seen here.
+"""The Dockerfile: what it says, and its very steps in a root folder of our own.
+
+No engine for images is needed; what only an engine does (layers, an image's metadata, a registry) is not seen here.
 """
 
 import fnmatch
