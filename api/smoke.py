@@ -177,7 +177,8 @@ def plan(service: Service, output: Mapping[str, str]) -> Iterator[str]:
 
 
 def _root_of(settings: Settings) -> str:
-    roots = settings.output_roots or settings.object_roots
+    folders = settings.output_roots if settings.shared_folders else ()
+    roots = folders or settings.object_roots
     return str(roots[0]) if roots else ""
 
 
