@@ -60,8 +60,9 @@ class Attempt:
     """One try to run a job.
 
     `claim` is the code that one runner can start with, once; `token` the SHA-256 of what it speaks with from then on,
-    `nonce` its own name for itself. `lease` is the time until which the runner is believed to be alive,
-    `granted` whether it may publish, `reports` how many of its reports were taken, `moved` when it last got further.
+    `nonce` its own name for itself. `lease` is the time until which the runner is believed to be alive, `granted`
+    whether it may publish, `reports` how many of its reports were taken, `moved` when it last got further, `phased`
+    when its phase began.
     """
 
     number: int
@@ -73,6 +74,7 @@ class Attempt:
     granted: bool = False
     reports: int = 0
     moved: float = 0.0
+    phased: float = 0.0
     claimed_at: float | None = None
     ended_at: float | None = None
     error: Problem | None = None

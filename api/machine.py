@@ -90,11 +90,14 @@ class Succeeded(Happening):
 
 @dataclass(frozen=True)
 class Failed(Happening):
-    """The attempt ended with an error; `again` where another attempt may do better."""
+    """The attempt ended with an error; `again` where another attempt may do better. One that had to make room, as on a
+    machine that goes away, does not count among those that a job may have.
+    """
 
     number: int
     error: Problem
     again: bool
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def transition(happening: Happening, _job: Job) -> Transition:
 def _(happening: Dispatched, job: Job) -> Transition:
     _expect(job, State.QUEUED)
     number = len(job.attempts) + 1
-    attempt = Attempt(number, happening.at, claim=happening.claim)
+    attempt = Attempt(number, happening.at, claim=happening.claim, phased=happening.at)
     moved = replace(job, state=State.STARTING, attempts=(*job.attempts, attempt), waiting_for="")
     started = replace(moved, started_at=job.started_at or happening.at, progress=Progress("starting"))
     return started, (Entry("starting", {"attempt": number}),)
@@ -177,8 +180,9 @@ def _(happening: Reported, job: Job) -> Transition:
     progress = job.progress if known else happening.progress
     reports = max(job.attempt.reports, happening.report)
     moved = job.attempt.moved if progress == job.progress else happening.at
+    phased = job.attempt.phased if progress.phase == job.progress.phase else happening.at
     lease = max(job.attempt.lease, happening.lease)
-    changed = replace(job.with_attempt(lease=lease, reports=reports, moved=moved), progress=progress)
+    changed = replace(job.with_attempt(lease=lease, reports=reports, moved=moved, phased=phased), progress=progress)
     return changed, () if known else tuple(happening.entries)
 
 
@@ -206,6 +210,7 @@ def _(happening: Succeeded, job: Job) -> Transition:
 def _(happening: Failed, job: Job) -> Transition:
     _expect_current(job, happening.number)
     _expect(job, State.STARTING, State.RUNNING)
+    job = job if happening.counts else replace(job, allowed=job.allowed + 1)
     return _attempt_over(job, happening.at, happening.error, "failed", again=happening.again)
 
 

@@ -1,5 +1,6 @@
 """Ray's Jobs REST API, and what its nodes offer. Knows HTTP calls; what they say about a job is only a hint."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Any, Self
 import httpx2
 
 from api.jobs import Needs
+from api.settings import Settings
 
 STOPPED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
@@ -26,11 +28,20 @@ class Submission:
     environment: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Heard:
+    """Whether Ray answered the last call as it should, and when that was (monotonic seconds)."""
+
+    at: float
+    answered: bool
+
+
 class RayJobs:
     """One Ray cluster, by the address of its dashboard. Every call may raise RayUnreachable."""
 
     def __init__(self, url: str, token: str | None = None, transport: httpx2.BaseTransport | None = None) -> None:
         self.url = url
+        self.heard: Heard | None = None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=10.0, transport=transport, trust_env=False)
 
@@ -72,12 +83,12 @@ class RayJobs:
     def _call(self, method: str, path: str, body: object = None, *, missing: bool = False) -> dict[str, Any] | None:
         try:
             response = self._http.request(method, path, json=body)
-            if missing and response.status_code == httpx2.codes.NOT_FOUND:
-                return None
-            response.raise_for_status()
-            content: dict[str, Any] = response.json()
+            gone = missing and response.status_code == httpx2.codes.NOT_FOUND
+            content: dict[str, Any] | None = None if gone else response.raise_for_status().json()
         except (httpx2.HTTPError, ValueError) as error:
+            self.heard = Heard(time.monotonic(), False)
             raise RayUnreachable(str(error)) from error
+        self.heard = Heard(time.monotonic(), True)
         return content
 
     def __enter__(self) -> Self:
@@ -87,3 +98,8 @@ class RayJobs:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._http.close()
+
+
+def connect(settings: Settings) -> RayJobs:
+    """The cluster of the settings; nothing is asked of it yet."""
+    return RayJobs(settings.ray_url, settings.ray_token.get_secret_value() if settings.ray_token else None)

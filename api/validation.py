@@ -48,9 +48,17 @@ def validate(
     recipe: Recipe,
     settings: Settings,
     hub_token: Token | None = None,
+    *,
+    runs: bool = True,
 ) -> Validated:
-    """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
+    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError;
+    everything known from headers is refused here.
+    """
     document = document_of(recipe)
+    if runs and not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     output = _output_of(document, settings)
     _admit_output(output, settings)
     if document.output.push and in_store(document.output.push):
@@ -75,9 +83,10 @@ def validate(
     if any(part.trains for part in all_of(document.recipe)):
         requests.append(training_request(plan, size))
     request = max(requests, key=lambda request: request.memory)
-    if not is_complete(output, plan):  # the same result again is no work
+    if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
+    needs = Needs(request.cpus, request.gpus, request.memory)
     summary = {
         "fingerprint": plan.fingerprint,
         "shards": len(plan.shards),
@@ -86,11 +95,10 @@ def validate(
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
         "output": str(output) if document.output.path else document.output.push,
-        "needs": asdict(request),
+        "needs": asdict(needs),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),
     }
-    needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
 
 
@@ -104,7 +112,7 @@ def _output_of(document: Document, settings: Settings) -> Path:
 
 def roots_of(settings: Settings) -> Roots:
     """Where models may be read."""
-    return Roots(settings.source_roots)
+    return Roots(settings.readable_roots)
 
 
 def place_of(path: Path, working_folder: Path) -> Path:

@@ -20,7 +20,9 @@ router = APIRouter(prefix="/v1/internal/jobs/{job:uuid}/attempts/{number:int}", 
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """What a runner of this version says; one of a later version, while both are there, may say more."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class _Claim(_Body):
@@ -47,6 +49,7 @@ class _Result(_Body):
 class _Failure(_Body):
     error: Problem
     again: bool
+    counts: bool = True
 
 
 class _Nothing(_Body):
@@ -67,13 +70,14 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         recipe=found.recipe,
         output=found.output,
         working_folder=str(settings.working_folder.absolute()),
-        source_roots=tuple(map(str, settings.source_roots)),
+        source_roots=tuple(map(str, settings.readable_roots)),
         object_roots=settings.object_roots,
         task_cpus=settings.task_cpus,
         task_memory=settings.task_memory,
         task_device=settings.task_device,
         heartbeat_seconds=settings.heartbeat_seconds,
         hub_token=_hub_token(context, found),
+        shared_folders=settings.shared_folders,
     )
     response.headers["Cache-Control"] = "no-store"
     return {"token": token, "order": order.content()}
@@ -87,7 +91,7 @@ def report(job: UUID, number: int, body: _Report, context: InContext, credential
     lease = now + context.settings.lease_seconds
     happening = machine.Reported(now, number, body.report, body.progress, entries, lease)
     after = context.store.change(str(job), happening, body.lines)
-    context.metrics.reported(before, after)
+    context.metrics.reported(before, after, entries)
     return {"word": (Word.CANCEL if after.state is State.CANCELING else Word.GO_ON).value}
 
 
@@ -112,7 +116,7 @@ def failed(job: UUID, number: int, body: _Failure, context: InContext, credentia
     before, now = _speaking(context, job, number, credentials), time.time()
     if before.state is State.CANCELING:
         return {}  # the dispatcher sweeps
-    return _end(context, job, number, credentials, machine.Failed(now, number, body.error, body.again))
+    return _end(context, job, number, credentials, machine.Failed(now, number, body.error, body.again, body.counts))
 
 
 @router.post("/canceled")
@@ -128,7 +132,7 @@ def _hub_token(context: Context, job: Job) -> Token | None:
     except (NoKeys, NoSecret) as error:
         problem = Problem(type(error).__name__, str(error), "secrets.hub_token", error.remedy)
         happening = machine.Failed(time.time(), job.attempt.number, problem, again=False)
-        context.metrics.ended(context.store.change(job.id, happening))
+        context.metrics.ended(job, context.store.change(job.id, happening))
         raise HTTPException(409, str(error)) from error
 
 
@@ -148,7 +152,7 @@ def _end(
     """Let the attempt end; said again because the answer was lost, it is taken once."""
     before = _speaking(context, job, number, credentials)
     try:
-        context.metrics.ended(context.store.change(str(job), happening))
+        context.metrics.ended(before, context.store.change(str(job), happening))
     except machine.Refused:
         if before.attempt.number != number or before.attempt.ended_at is None:
             raise

@@ -245,7 +245,7 @@ def test_an_attempt_from_claim_to_success(api: Api) -> None:
     headers = {"Authorization": f"Bearer {token}"}
     assert api.client.post(f"{path}/claim", json={"claim": "code", "nonce": "other"}).status_code == 409
     progress = {"phase": "writing", "done": 5, "total": 10, "shards_done": 1, "shards": 2, "read": 7}
-    shard = {"kind": "shard", "data": {"file": "a", "adopted": False}}
+    shard = {"kind": "shard", "data": {"file": "a", "size": 5, "adopted": False}}
     report = {"report": 1, "progress": progress, "events": [shard], "lines": ["one", "two"]}
     for _ in range(2):  # the answer was lost: sent again, it counts once
         assert api.client.post(f"{path}/report", json=report, headers=headers).json() == {"word": "go on"}
