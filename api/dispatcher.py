@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from api import machine
@@ -135,7 +134,7 @@ class Dispatcher:
         queued = self._store.queued(now, room + 50)
         nodes = self._ray.nodes() if queued else []
         for job in queued:
-            reason = self._obstacle_of(job.needs, nodes)
+            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes, self._settings.node_shapes)
             if reason:
                 if reason != job.waiting_for:
                     self._change(job, Waiting(now, reason))
@@ -147,13 +146,6 @@ class Dispatcher:
             if started:
                 _LOG.info("attempt starts", extra={"job": job.id, "attempt": started.attempt.number})
                 self._submit(started)
-
-    def _obstacle_of(self, needs: Needs, nodes: list[Needs]) -> str:
-        """Why a job cannot start; with scratch of its own a node must hold the runner and a task."""
-        runner, shapes = self._settings.runner_cpus, self._settings.node_shapes
-        if self._settings.scratch == "local":
-            return _obstacle(replace(needs, cpus=needs.cpus + runner), 0, nodes, shapes)
-        return _obstacle(needs, runner, nodes, shapes)
 
     def _submit(self, job: Job) -> None:
         """Hand the current attempt to Ray. The claim is good for one runner, so it may be seen on Ray's dashboard."""

@@ -105,10 +105,6 @@ class Settings(BaseSettings):
         description="The nodes that an autoscaler may add to the cluster, as JSON: "
         '[{"cpus": 16, "gpus": 0, "memory": "64Gi", "count": 10}].',
     )
-    scratch: Literal["shared", "local"] = Field(
-        default="shared",
-        description="Whether all nodes see the folders in which jobs work, or each its own: then a job has one node.",
-    )
     max_body: int = Field(default=4 << 20, gt=0, description="Bytes of the largest request.")
     grace_seconds: float = Field(
         default=20.0, gt=0, description="How long a process that is told to end finishes what it has begun."

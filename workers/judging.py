@@ -18,7 +18,6 @@ from merger.judging import LocalJudge, Remembered
 from merger.methods.method import Judge, Method
 from merger.reach import Reach
 from merger.sources import sources_within
-from workers.placing import options_of
 from workers.resources import Request
 
 _RETRIES = 3  # of a task whose process dies
@@ -53,7 +52,7 @@ class RayJudge(Judge):
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._reach, self._connect, self._say = folder, reach, connect, say
-        self._options = options_of(request)
+        self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
         self._left: list[Any] = []
 
     def score(

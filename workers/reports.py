@@ -62,7 +62,6 @@ class Order:
     heartbeat_seconds: float
     hub_token: Token | None = None
     task_device: str = "auto"
-    scratch: str = "shared"
 
     def content(self) -> dict[str, Any]:
         """The order as it is sent, its token in plain text."""

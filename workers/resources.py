@@ -22,12 +22,11 @@ class TaskSize:
 
 @dataclass(frozen=True)
 class Request:
-    """What Ray is asked for, for one task; `node` is the one that it must run on, where there is but one."""
+    """What Ray is asked for, for one task."""
 
     cpus: float
     gpus: float
     memory: int
-    node: str = ""
 
 
 def measuring_request(plan: Plan, size: TaskSize) -> Request:

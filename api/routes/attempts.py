@@ -76,7 +76,6 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         task_memory=settings.task_memory,
         task_device=settings.task_device,
         heartbeat_seconds=settings.heartbeat_seconds,
-        scratch=settings.scratch,
         hub_token=_hub_token(context, found),
     )
     response.headers["Cache-Control"] = "no-store"

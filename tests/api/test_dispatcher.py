@@ -369,16 +369,6 @@ def test_living_nodes_and_shapes_count_together_for_the_runner() -> None:
     assert world.state(gpu) == "queued"
 
 
-@pytest.mark.parametrize(("scratch", "state"), [("shared", "starting"), ("local", "queued")])
-def test_with_scratch_of_its_own_a_node_holds_runner_and_task(scratch: str, state: str) -> None:
-    world = World(settings=Settings.model_validate({"scratch": scratch}))
-    world.ray.nodes = [{"state": "ALIVE", "resources_total": {"CPU": 2.0, "memory": 64e9}}] * 2
-    large, small = world.job(needs=SMALL), world.job(needs=replace(SMALL, cpus=1.75))
-    world.round()
-    assert world.state(large) == state
-    assert world.state(small) == "starting"
-
-
 # ---- beginning and ending -----------------------------------------------------------------------------
 
 

@@ -185,20 +185,3 @@ def test_a_runner_on_a_node_that_is_drained_makes_room_in_the_end(
     first, second = service.job(halfway.job)["attempts"]
     assert "asked to stop" in first["error"]["message"], "it said so itself, and no lease had to run out"
     assert second["error"] is None
-
-
-@pytest.mark.slow
-def test_with_scratch_of_its_own_a_job_has_one_node(cluster: Cluster, expected: Path, tmp_path: Path) -> None:
-    """Nodes on one machine see one disk; so it is the processes that tell where the shards are made."""
-    settings = {"MERGER_SCRATCH": "local", "MERGER_TASK_CPUS": "0.5", "MERGER_SOURCE_ROOTS": str(expected)}
-    service = Service(tmp_path, **settings, **cluster.settings)
-    try:
-        halfway = Halfway(service.start(), expected)
-        own, other = with_runner(cluster, wanted=True), with_runner(cluster, wanted=False)
-        assert set(halfway.stopped) <= set(own.children(recursive=True))
-        tasks = [child for child in other.children(recursive=True) if "write_shard" in " ".join(child.cmdline())]
-        assert tasks == []
-        halfway.go_on()
-        halfway.check()
-    finally:
-        service.stop()
