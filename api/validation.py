@@ -58,6 +58,10 @@ def validate(
     sources = LocalSources(roots_of(settings), partial(access_for, hub_token), settings.object_roots)
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
+    if not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     if destination:
         check_license(document, plan, destination)
         destination.check(plan)
@@ -75,7 +79,7 @@ def validate(
     if any(part.trains for part in all_of(document.recipe)):
         requests.append(training_request(plan, size))
     request = max(requests, key=lambda request: request.memory)
-    if not is_complete(output, plan):  # the same result again is no work
+    if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
     summary = {
