@@ -79,6 +79,7 @@ def validate(
     if any(part.trains for part in all_of(document.recipe)):
         requests.append(training_request(plan, size))
     request = max(requests, key=lambda request: request.memory)
+    needs = Needs(request.cpus, request.gpus, request.memory)
     if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
@@ -90,11 +91,10 @@ def validate(
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
         "output": str(output) if document.output.path else document.output.push,
-        "needs": asdict(request),
+        "needs": asdict(needs),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),
     }
-    needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
 
 
