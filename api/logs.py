@@ -19,7 +19,10 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+        own = vars(record).keys() - _OF_EVERY_RECORD
+        line |= {
+            name: getattr(record, name) for name in sorted(own) if not name.startswith("_")
+        }  # Ray adds one of those
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

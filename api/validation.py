@@ -48,17 +48,9 @@ def validate(
     recipe: Recipe,
     settings: Settings,
     hub_token: Token | None = None,
-    *,
-    runs: bool = True,
 ) -> Validated:
-    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError;
-    everything known from headers is refused here.
-    """
+    """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
-    if runs and not settings.shared_folders and document.output.path is not None:
-        raise RecipeError(
-            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
-        )
     output = _output_of(document, settings)
     _admit_output(output, settings)
     if document.output.push and in_store(document.output.push):
@@ -66,6 +58,10 @@ def validate(
     sources = LocalSources(roots_of(settings), partial(access_for, hub_token), settings.object_roots)
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
+    if not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     if destination:
         check_license(document, plan, destination)
         destination.check(plan)
@@ -83,10 +79,10 @@ def validate(
     if any(part.trains for part in all_of(document.recipe)):
         requests.append(training_request(plan, size))
     request = max(requests, key=lambda request: request.memory)
+    needs = Needs(request.cpus, request.gpus, request.memory)
     if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
-    needs = Needs(request.cpus, request.gpus, request.memory)
     summary = {
         "fingerprint": plan.fingerprint,
         "shards": len(plan.shards),
