@@ -48,17 +48,9 @@ def validate(
     recipe: Recipe,
     settings: Settings,
     hub_token: Token | None = None,
-    *,
-    runs: bool = True,
 ) -> Validated:
-    """See that a recipe can run here, or with `runs` off that it could if its result had a place. Raises RequestError;
-    everything known from headers is refused here.
-    """
+    """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
-    if runs and not settings.shared_folders and document.output.path is not None:
-        raise RecipeError(
-            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
-        )
     output = _output_of(document, settings)
     _admit_output(output, settings)
     if document.output.push and in_store(document.output.push):
@@ -66,6 +58,10 @@ def validate(
     sources = LocalSources(roots_of(settings), partial(access_for, hub_token), settings.object_roots)
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
+    if not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     if destination:
         check_license(document, plan, destination)
         destination.check(plan)
@@ -86,7 +82,6 @@ def validate(
     if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
-    needs = Needs(request.cpus, request.gpus, request.memory)
     summary = {
         "fingerprint": plan.fingerprint,
         "shards": len(plan.shards),
@@ -95,10 +90,11 @@ def validate(
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
         "output": str(output) if document.output.path else document.output.push,
-        "needs": asdict(needs),
+        "needs": asdict(request),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),
     }
+    needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
 
 

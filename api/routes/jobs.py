@@ -79,10 +79,10 @@ def _named(body: RecipeIn) -> dict[str, str]:
     return body.secrets.model_dump(exclude_none=True)
 
 
-def _validate(body: RecipeIn, context: Context, project: str, *, runs: bool = True) -> Validated:
+def _validate(body: RecipeIn, context: Context, project: str) -> Validated:
     hub_token = context.hub_token(project, _named(body))
     try:
-        return validate(body.recipe, context.settings, hub_token, runs=runs)
+        return validate(body.recipe, context.settings, hub_token)
     except MergerError as error:
         raise RecipeRefused(error, body.recipe) from error
 
@@ -90,7 +90,7 @@ def _validate(body: RecipeIn, context: Context, project: str, *, runs: bool = Tr
 @router.post("/jobs:validate", summary="Plan without running", responses=_NAMING)
 def plan(body: RecipeIn, context: InContext, project: Project) -> PlanOut:
     """What a recipe would read and write, or why it would be refused. No weight is read, nothing is written."""
-    return PlanOut.model_validate(_validate(body, context, project, runs=False).plan)
+    return PlanOut.model_validate(_validate(body, context, project).plan)
 
 
 @router.get("/jobs", summary="List jobs")

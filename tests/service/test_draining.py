@@ -146,7 +146,7 @@ def drain(cluster: Cluster, raylet: psutil.Process, log: Path, seconds: int) -> 
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     until(lambda: "takes no more tasks" in log.read_text() or process.poll() is not None)
-    assert process.poll() is None, log.read_text()
+    assert "takes no more tasks" in log.read_text()  # it may have ended by now: an empty node is gone at once
     return process
 
 
