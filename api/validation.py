@@ -91,10 +91,11 @@ def validate(
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
         "output": str(output) if document.output.path else document.output.push,
-        "needs": asdict(needs),
+        "needs": asdict(request),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),
     }
+    needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
 
 

@@ -189,6 +189,7 @@ OTHERS = {
     "ray.objectStoreMemory": "1Gi",
     "ray.groupDefaults.minReplicas": 2,
     "ray.groupDefaults.image": {"tag": "other"},
+    "ray.head.scratch": {"size": "77Gi"},
     "ray.groupDefaults.scratch": {"size": "77Gi"},
     "ray.groups": {"other": {}},
 }
