@@ -1,0 +1,73 @@
+"""A loopback cluster and the real helm in it. Knows how both are started and stopped; knows nothing of the chart."""
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.helm.api_server import ApiServer
+from tests.helm.api_server.admission import Admission
+from tests.helm.api_server.store import Object, Store
+from tests.helm.chart import HELM
+from tests.helm.controllers import Controllers, Node
+from tests.helm.pods import PretendedNode
+
+NAMESPACE = "models"
+# What helm and its plug-ins would read of this machine's own clusters.
+_FOREIGN = ("KUBE", "HELM")
+
+
+class Cluster:
+    """An API server, controllers and a node, until `close`. Its helm knows no other cluster."""
+
+    def __init__(self, folder: Path, node: Callable[[Store], Node] = PretendedNode, version: str = "1.34") -> None:
+        self.folder = folder
+        self.server = ApiServer(version)
+        self.store: Store = self.server.store
+        self.admission: Admission = self.server.admission
+        self.node: Any = node(self.store)
+        self.controllers = Controllers(self.store, self.admission, self.node)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kubeconfig").write_text(yaml.safe_dump(self._kubeconfig()))
+
+    def _kubeconfig(self) -> Object:
+        context = {"name": "loopback", "context": {"cluster": "loopback", "user": "nobody", "namespace": NAMESPACE}}
+        clusters = [{"name": "loopback", "cluster": {"server": self.server.url}}]
+        head = {"apiVersion": "v1", "kind": "Config", "current-context": "loopback", "clusters": clusters}
+        return head | {"contexts": [context], "users": [{"name": "nobody", "user": {}}]}
+
+    def run(self, *arguments: str, values: Mapping[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+        """helm with arguments (and values in a file), whatever it says."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+        own |= {"HOME": str(self.folder), "KUBECONFIG": str(self.folder / "kubeconfig")}
+        command = [str(HELM), *arguments, "--namespace", NAMESPACE]
+        if values is not None:
+            path = self.folder / "values.yaml"
+            path.write_text(yaml.safe_dump(dict(values)))
+            command += ["--values", str(path)]
+        return subprocess.run(command, env=own, check=False, capture_output=True, text=True, timeout=300)
+
+    def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
+        """What helm prints. It has to succeed."""
+        done = self.run(*arguments, values=values)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def refused(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
+        """What helm says when it fails. It has to fail."""
+        done = self.run(*arguments, values=values)
+        assert done.returncode, done.stdout
+        return done.stderr
+
+    def get(self, kind: str, name: str) -> Object | None:
+        return self.store.get(kind, NAMESPACE, name)
+
+    def all(self, kind: str) -> list[Object]:
+        return self.store.all(kind, NAMESPACE)
+
+    def close(self) -> None:
+        self.server.close()
+        self.controllers.join()
