@@ -48,7 +48,10 @@ class Cluster:
             path = self.folder / "values.yaml"
             path.write_text(yaml.safe_dump(dict(values)))
             command += ["--values", str(path)]
-        return subprocess.run(command, env=own, check=False, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=own, check=False, capture_output=True, text=True, timeout=300)
+        if self.controllers.failure:
+            raise self.controllers.failure
+        return done
 
     def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
         """What helm prints. It has to succeed."""

@@ -213,9 +213,12 @@ class Controllers:
         for name, body in kuberay.services(wanted).items():
             if not self._store.get("Service", wanted["metadata"]["namespace"], name):
                 self._make(wanted, "Service", name, body)
-        there = {pod["metadata"]["name"] for pod in self._owned("Pod", wanted)}
+        # One after another, the head first: Ray nodes that start at once on one machine confuse each other.
         for name, body in kuberay.pods(wanted).items():
-            if name not in there and not self._make(wanted, "Pod", name, body):
+            pod = self._store.get("Pod", wanted["metadata"]["namespace"], name)
+            if pod is None:
+                self._make(wanted, "Pod", name, body)
+            if pod is None or not is_ready(pod):
                 break
 
     def _pod(self, pod: Object) -> None:

@@ -47,6 +47,8 @@ def _pod(cluster: Object, type: str, group: Object, group_name: str) -> Object:
     ray["command"] = ["/bin/bash", "-c", "--"]
     ray["args"] = [f"ulimit -n 65536; {start_command(cluster, type, group)}"]
     ray["env"] = [*(ray.get("env") or []), *_environment(cluster, type, ray)]
+    # The operator's own probe; its times are those of the loopback kubelet.
+    ray.setdefault("readinessProbe", {"httpGet": {"path": "/api/healthz", "port": 52365}})
     template["spec"].setdefault("restartPolicy", "Never")
     return template
 

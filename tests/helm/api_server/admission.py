@@ -2,7 +2,7 @@
 
 import base64
 import copy
-import itertools
+import hashlib
 import secrets
 from typing import Any
 
@@ -25,12 +25,17 @@ class Refusal(Exception):
         return head | {"message": self.message, "reason": self.reason, "code": self.code}
 
 
+def address_of(store: Store, namespace: str, name: str) -> str:
+    """The address of a Service, on loopback: it follows from the name, so that it is known before the Service is."""
+    digest = hashlib.sha256(f"{namespace}/{name}".encode()).digest()
+    return f"127.{store.networks[0]}.{digest[0]}.{1 + digest[1] % 254}"
+
+
 class Admission:
     """Creates, changes and deletes objects as a server of one Kubernetes version would."""
 
     def __init__(self, store: Store, version: str) -> None:
         self._store, self.version = store, version
-        self._addresses = (f"127.96.{i}.{j}" for i, j in itertools.product(range(256), range(1, 255)))
 
     def create(self, kind: Kind, namespace: str, thing: Object, dry: bool = False) -> Object:
         thing = copy.deepcopy(thing)
@@ -116,7 +121,9 @@ class Admission:
             spec.setdefault("updateStrategy", {"type": "RollingUpdate", "rollingUpdate": {"partition": 0}})
         if kind.name == "Service" and "clusterIP" not in spec:
             before = (old or {}).get("spec", {}).get("clusterIP")
-            spec["clusterIP"] = before or next(self._addresses)
+            spec["clusterIP"] = before or address_of(
+                self._store, thing["metadata"]["namespace"], thing["metadata"]["name"]
+            )
         if kind.name == "Secret":
             text = thing.pop("stringData", None) or {}
             coded = {key: base64.b64encode(value.encode()).decode() for key, value in text.items()}

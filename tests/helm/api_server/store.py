@@ -1,6 +1,7 @@
 """Objects with their versions, and who waits for changes. Knows nothing of HTTP, of schemas or of what objects mean."""
 
 import copy
+import random
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ class Store:
         self._objects: dict[Key, Object] = {}
         self._changes: list[Change] = []
         self._changed = threading.Condition(threading.RLock())
+        # Two numbers of loopback addresses, for Services and pods: clusters side by side do not meet.
+        self.networks = tuple(random.SystemRandom().sample(range(32, 250), 2))
         self.version = 1
         self.closed = False
 
