@@ -2,9 +2,9 @@
 
     python docs/make_chart.py
 
-Knows how values.yaml is commented: `# -- text` above a key, and lines after it that go on. A key with such a comment is one
-entry, whatever stands below it, unless something below has comments too. Types and bounds stand in the schema by hand, but
-for `settings`: those come from the service's own model.
+Knows how values.yaml is commented: `# -- text` above a key, and lines after it that go on. A key with such a comment is
+one entry, whatever stands below it, unless something below has comments too. Types and bounds stand in the schema by
+hand, but for `settings`: those come from the service's own model.
 """
 
 import json

@@ -21,9 +21,13 @@ MERGER_{{ upper $name }}: {{ include "merger.text" $value | quote }}
 {{- end }}
 {{- end -}}
 
-{{/* Where runners and the smoke test reach the API. */}}
+{{- define "merger.serviceUrl" -}}
+{{- printf "http://%s-api:%d" (include "merger.fullname" .) (int .Values.service.port) -}}
+{{- end -}}
+
+{{/* Where runners reach the API. */}}
 {{- define "merger.apiUrl" -}}
-{{- default (printf "http://%s-api:%d" (include "merger.fullname" .) (int .Values.service.port)) .Values.api.url -}}
+{{- default (include "merger.serviceUrl" .) .Values.api.url -}}
 {{- end -}}
 
 {{- define "merger.settingsEnvFrom" -}}

@@ -5,6 +5,8 @@
 {{- if $wrong -}}
 {{- fail (printf "\n- %s\n" (join "\n- " $wrong)) -}}
 {{- end -}}
+{{- include "merger.storage.validate" . -}}
+{{- include "merger.ray.validate" . -}}
 {{- end -}}
 
 {{/* Each of these prints a list of sentences. */}}
@@ -45,8 +47,12 @@
 {{- if and .Values.api.autoscaling.enabled (not (dig "requests" "cpu" "" .Values.api.resources)) }}
 - "api.autoscaling counts in requested processors, and api.resources.requests.cpu is not set."
 {{- end }}
-{{- if le (int .Values.api.terminationGracePeriodSeconds) (int .Values.api.preStopSeconds) }}
-- "api.terminationGracePeriodSeconds includes preStopSeconds, and so must be above it."
+{{- $grace := dig "grace_seconds" 20.0 .Values.settings }}
+{{- if lt (float64 .Values.api.terminationGracePeriodSeconds) (addf .Values.api.preStopSeconds $grace) }}
+- {{ printf "api.terminationGracePeriodSeconds must have room for preStopSeconds and settings.grace_seconds: %v and more." (addf .Values.api.preStopSeconds $grace) | quote }}
+{{- end }}
+{{- if lt (float64 .Values.dispatcher.terminationGracePeriodSeconds) (float64 $grace) }}
+- {{ printf "dispatcher.terminationGracePeriodSeconds must have room for settings.grace_seconds: %v and more." $grace | quote }}
 {{- end }}
 {{- end -}}
 

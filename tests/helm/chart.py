@@ -4,7 +4,8 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ CAPABILITIES = (
     "monitoring.coreos.com/v1/ServiceMonitor",
     "gateway.networking.k8s.io/v1/HTTPRoute",
 )
+
+SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 
 Object = dict[str, Any]
 
@@ -70,3 +73,64 @@ def find(objects: Sequence[Object], kind: str, name: str = "") -> Object:
 def every(objects: Sequence[Object], kind: str, name: str = "") -> list[Object]:
     """The objects of this kind (whose names end so)."""
     return [each for each in objects if each["kind"] == kind and each["metadata"]["name"].endswith(name)]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """The pods that an object makes, or a pod that is one: `metadata` and `spec` are theirs."""
+
+    owner: Object
+    metadata: Object
+    spec: Object
+
+    def __str__(self) -> str:
+        return f"{self.owner['kind']} {self.owner['metadata']['name']}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(self.metadata.get("labels") or {})
+
+    def containers(self) -> list[Object]:
+        """Its containers, those first that run before."""
+        return [*(self.spec.get("initContainers") or []), *self.spec["containers"]]
+
+
+def pods(objects: Sequence[Object]) -> list[Pod]:
+    """The pods of all objects, the Ray cluster's too."""
+    return [Pod(owner, pod.get("metadata") or {}, pod["spec"]) for owner in objects for pod in _pods(owner)]
+
+
+def _pods(owner: Object) -> Iterator[Object]:
+    spec = owner.get("spec") or {}
+    if owner["kind"] == "Pod":
+        yield owner
+    elif owner["kind"] == "CronJob":
+        yield spec["jobTemplate"]["spec"]["template"]
+    elif owner["kind"] == "RayCluster":
+        yield from (group["template"] for group in (spec["headGroupSpec"], *(spec.get("workerGroupSpecs") or [])))
+    elif "template" in spec:
+        yield spec["template"]
+
+
+def pod(objects: Sequence[Object], name: str) -> Pod:
+    """The one pod whose owner's name ends so."""
+    found = [each for each in pods(objects) if each.owner["metadata"]["name"].endswith(name)]
+    assert len(found) == 1, f"{len(found)} of pods {name}"
+    return found[0]
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a selector (`matchLabels`, `matchExpressions`) takes a pod or namespace with these labels."""
+    if any(labels.get(key) != value for key, value in (selector.get("matchLabels") or {}).items()):
+        return False
+    return all(_holds(each, labels) for each in selector.get("matchExpressions") or [])
+
+
+def _holds(expression: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    value, values = labels.get(expression["key"]), expression.get("values") or []
+    return {
+        "In": value in values,
+        "NotIn": value not in values,
+        "Exists": value is not None,
+        "DoesNotExist": value is None,
+    }[expression["operator"]]
