@@ -8,20 +8,21 @@ renew it proves nothing.
 
 import hashlib
 import logging
+import math
 import secrets
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from api import machine
 from api.jobs import Attempt, Job, Needs, State
 from api.machine import Cleared, Dispatched, Happening, Lost, Refused, Waiting
 from api.ray_jobs import STOPPED, RayJobs, RayUnreachable, Submission
-from api.settings import Settings
+from api.settings import NodeShape, Settings
 from api.store.store import NotFound, Store, Unavailable
 
 _LEASE = "dispatcher"
@@ -41,9 +42,35 @@ class Dispatcher:
         self._name = f"dispatcher-{uuid.uuid4()}"
         self._stopped = threading.Event()
         self._looking_since: float | None = None
+        self._last_step = time.monotonic()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let a thread of its own do rounds until the end of the block."""
+        thread = threading.Thread(target=self.run, name="dispatcher", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            thread.join(self._settings.grace_seconds)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the dispatcher that works, as far as it knows."""
+        return self._looking_since is not None
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long ago it last did anything: began a round, or looked at another job in one."""
+        return time.monotonic() - self._last_step
 
     def run(self, pause: float = 0.3) -> None:
         """Rounds until `stop`. An unreachable database or cluster ends a round, not the dispatcher."""
+        self._rounds(pause)
+        self._release()  # once more: the last round may have begun with taking the lease
+
+    def _rounds(self, pause: float) -> None:
         trouble = ""
         while not self._stopped.wait(pause):
             try:
@@ -61,14 +88,19 @@ class Dispatcher:
     def stop(self) -> None:
         """End `run` and give the lease back."""
         self._stopped.set()
-        try:
+        self._release()
+
+    def _release(self) -> None:
+        self._looking_since = None
+        with suppress(Unavailable):  # it runs out by itself then
             self._store.release(_LEASE, self._name)
-        except Unavailable:
-            return  # it runs out by itself
 
     def round(self) -> bool:
         """Do what is to do now; False where another dispatcher is at work."""
+        self._last_step = time.monotonic()
         now = self._clock()
+        if self._looking_since is None:
+            self._store.check()  # before it takes the lease: another one may know these tables
         if not self._store.hold(_LEASE, self._name, now, self._settings.lease_seconds):
             self._looking_since = None
             return False
@@ -78,9 +110,13 @@ class Dispatcher:
             self._change(job, machine.CancelAsked(now, State.TIMED_OUT, "it waited too long"))
         active = self._store.active()
         for job in active:
+            if self._stopped.is_set():  # the lease is given back
+                return True
+            self._last_step = time.monotonic()
             with suppress(RayUnreachable):  # the next round tries again; leases are watched meanwhile
                 self._see_to(job, now)
-        self._start_queued(self._settings.max_running - len(active), now)
+        if not self._stopped.is_set():
+            self._start_queued(self._settings.max_running - len(active), now)
         return True
 
     def _change(self, job: Job, happening: Happening) -> Job | None:
@@ -98,7 +134,7 @@ class Dispatcher:
         queued = self._store.queued(now, room + 50)
         nodes = self._ray.nodes() if queued else []
         for job in queued:
-            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes)
+            reason = _obstacle(job.needs, self._settings.runner_cpus, nodes, self._settings.node_shapes)
             if reason:
                 if reason != job.waiting_for:
                     self._change(job, Waiting(now, reason))
@@ -108,6 +144,7 @@ class Dispatcher:
             room -= 1
             started = self._change(job, Dispatched(now, secrets.token_urlsafe(24)))
             if started:
+                _LOG.info("attempt starts", extra={"job": job.id, "attempt": started.attempt.number})
                 self._submit(started)
 
     def _submit(self, job: Job) -> None:
@@ -159,7 +196,7 @@ class Dispatcher:
     def _lose(self, job: Job, attempt: Attempt, reason: str, now: float) -> None:
         self._keep_ray_logs(job, attempt, now)
         if self._change(job, Lost(now, attempt.number, reason)):
-            _LOG.warning("job %s, attempt %d: %s", job.id, attempt.number, reason)
+            _LOG.warning("attempt lost: %s", reason, extra={"job": job.id, "attempt": attempt.number})
             with suppress(RayUnreachable):
                 self._ray.stop(job.submission)
 
@@ -198,12 +235,18 @@ def _entrypoint(command: list[str]) -> str:
     return f"exec {shlex.join(command)}"
 
 
-def _obstacle(needs: Needs, runner_cpus: float, nodes: list[Needs]) -> str:
-    """Why no node could ever run a task that needs this much; empty where one could."""
-    if any(n.cpus >= needs.cpus and n.gpus >= needs.gpus and n.memory >= needs.memory for n in nodes):
-        fits = any(n.cpus >= runner_cpus for n in nodes)
-        return "" if fits and sum(n.cpus for n in nodes) >= needs.cpus + runner_cpus else "no processor for the runner"
-    largest = max(nodes, key=lambda node: (node.memory, node.cpus), default=Needs(0, 0, 0))
+def _obstacle(needs: Needs, runner_cpus: float, nodes: Sequence[Needs], shapes: Sequence[NodeShape]) -> str:
+    """Why no node could ever run a task that needs this much, living or one that an autoscaler may add; empty where
+    one could.
+    """
+    shapes = [shape for shape in shapes if shape.count != 0]
+    able = [*nodes, *(Needs(shape.cpus, shape.gpus, shape.memory) for shape in shapes)]
+    if any(n.cpus >= needs.cpus and n.gpus >= needs.gpus and n.memory >= needs.memory for n in able):
+        fits = any(n.cpus >= runner_cpus for n in able)
+        addable = sum(shape.cpus * (math.inf if shape.count is None else shape.count) for shape in shapes if shape.cpus)
+        room = max(sum(n.cpus for n in nodes), addable)  # living nodes may be of these shapes
+        return "" if fits and room >= needs.cpus + runner_cpus else "no processor for the runner"
+    largest = max(able, key=lambda node: (node.memory, node.cpus), default=Needs(0, 0, 0))
     return (
         f"a task needs {needs.cpus:g} processors, {needs.gpus:g} GPUs and {needs.memory:,} bytes; "
         f"the largest node has {largest.cpus:g}, {largest.gpus:g} and {largest.memory:,}"

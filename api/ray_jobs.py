@@ -8,6 +8,7 @@ from typing import Any, Self
 import httpx2
 
 from api.jobs import Needs
+from api.settings import Settings
 
 STOPPED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
@@ -87,3 +88,8 @@ class RayJobs:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._http.close()
+
+
+def connect(settings: Settings) -> RayJobs:
+    """The cluster of the settings; nothing is asked of it yet."""
+    return RayJobs(settings.ray_url, settings.ray_token.get_secret_value() if settings.ray_token else None)

@@ -9,21 +9,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 import httpx2
-import uvicorn
 from cryptography.fernet import Fernet
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from api import keeper
 from api.app import create_app
 from api.context import new_key
 from api.dispatcher import digest
-from api.ray_jobs import RayJobs, RayUnreachable
-from api.settings import Settings
+from api.process import warn_of_unknown
+from api.ray_jobs import RayJobs, RayUnreachable, connect
+from api.server import Server, listening
+from api.settings import Settings, read_settings
 from api.store.migrate import migrate
 from api.store.sql import SqlStore
 from merger.errors import OutputOccupied, RequestError
@@ -52,7 +52,7 @@ def command(host: str, port: int, data: Path) -> None:
     """
     data = data.absolute()
     data.mkdir(parents=True, exist_ok=True)
-    with _alone_in(data), _listening(host, port) as listener:
+    with _alone_in(data), listening(host, port) as listener:
         _serve(data, host, listener)
 
 
@@ -73,24 +73,6 @@ def _alone_in(data: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket that says it is TCP: only then does asyncio send small answers without delay."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        remedy = "Choose another --host or --port."
-        raise RequestError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", remedy=remedy) from error
-    with listener:
-        yield listener
-
-
 def _serve(data: Path, host: str, listener: socket.socket) -> None:
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     url = f"http://{reachable}:{listener.getsockname()[1]}"
@@ -102,10 +84,9 @@ def _serve(data: Path, host: str, listener: socket.socket) -> None:
     try:
         migrate(store.engine)
         _admit_first_client(store, settings)
-        token = settings.ray_token.get_secret_value() if settings.ray_token else None
-        with RayJobs(settings.ray_url, token) as ray:
+        with connect(settings) as ray:
             app = create_app(settings, store, ray)
-            server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+            server = Server(app, settings.grace_seconds, app.state.context.stopping, "warning")
             threading.Thread(target=_announce, args=(server, ray, url), daemon=True).start()
             with suppress(KeyboardInterrupt):  # raised again by uvicorn after it has shut down in order
                 server.run(sockets=[listener])
@@ -113,14 +94,6 @@ def _serve(data: Path, host: str, listener: socket.socket) -> None:
         store.close()
         if cluster:
             keeper.end(data)
-
-
-class _Server(uvicorn.Server):
-    """Tells streams to end before it waits for them."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.config.app.state.context.stopping.set()  # type: ignore[union-attr]
-        super().handle_exit(sig, frame)
 
 
 def _settings(data: Path, url: str) -> Settings:
@@ -133,14 +106,12 @@ def _settings(data: Path, url: str) -> Settings:
         "working_folder": here,
         "source_roots": (here, data),
         "output_roots": (here, data),
+        "grace_seconds": 3.0,
     }
     if not {"MERGER_DATABASE_URL", "MERGER_SECRET_KEYS"} & os.environ.keys():
         own["secret_keys"] = (_secret_key(data),)  # a database that others use needs a key that they all have
-    try:
-        return Settings(**{name: value for name, value in own.items() if f"MERGER_{name.upper()}" not in os.environ})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RequestError(first["msg"], where=f"MERGER_{str(first['loc'][0]).upper()}") from error
+    warn_of_unknown()
+    return read_settings(**{name: value for name, value in own.items() if f"MERGER_{name.upper()}" not in os.environ})
 
 
 def _secret_key(data: Path) -> str:
@@ -164,7 +135,7 @@ def _admit_first_client(store: SqlStore, settings: Settings) -> None:
         click.echo(f"A key for your clients, shown this once:\n  export MERGER_API_KEY={key}", err=True)
 
 
-def _announce(server: uvicorn.Server, ray: RayJobs, url: str) -> None:
+def _announce(server: Server, ray: RayJobs, url: str) -> None:
     """Say that jobs are taken, once they are; and what is missing, where that takes long."""
     began, told = time.monotonic(), False
     while not (server.started and _answers(ray, url)):

@@ -1,17 +1,20 @@
 """Named secrets: readable in here and nowhere else. Knows keys and the store; knows no HTTP, and not what they open.
 
 What is encrypted is the value with its project and name, so that a row that was copied to another name, or into
-another project, opens nothing.
+another project, opens nothing. `python -m api.vault rotate` encrypts all of them anew, with the first key.
 """
 
 import json
 from collections.abc import Sequence
 
+import click
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from pydantic import SecretStr
 
+from api.process import begin
 from api.settings import MAKE_KEY
-from api.store.store import Secret, Store
+from api.store.sql import SqlStore
+from api.store.store import Secret, Store, Unavailable
 from merger.secret import Token
 
 
@@ -68,7 +71,48 @@ class Vault:
             raise NoSecret(name, "is not readable with the keys of this service", remedy)
         return Token(content[2])
 
+    def rotate(self) -> tuple[int, list[str]]:
+        """Encrypt all secrets with the first key, and change nothing else; again is no harm. How many there are, and
+        the `project/name` of those that no key opens.
+        """
+        cipher, secrets, unreadable = self._cipher(), self._store.all_secrets(), []
+        for project, secret in secrets:
+            try:
+                fresh = cipher.rotate(secret.ciphertext.encode()).decode()
+            except InvalidToken:
+                unreadable.append(f"{project}/{secret.name}")
+                continue
+            self._store.replace_secret(
+                project, secret.name, secret.ciphertext, fresh
+            )  # a newer value has the first key
+        return len(secrets), unreadable
+
     def _cipher(self) -> MultiFernet:
         if not self._ciphers:
             raise NoKeys
         return MultiFernet(self._ciphers)
+
+
+@click.group()
+def main() -> None:
+    """The named secrets of the database in MERGER_DATABASE_URL, with the keys in MERGER_SECRET_KEYS."""
+
+
+@main.command()
+def rotate() -> None:
+    """Encrypt all secrets with the first key, so that the others can be taken away."""
+    settings = begin()
+    store = SqlStore(settings.database_url)
+    try:
+        count, unreadable = Vault(store, settings.secret_keys).rotate()
+    except (NoKeys, Unavailable) as error:
+        raise click.ClickException(f"{error}. {getattr(error, 'remedy', '')}".strip()) from error
+    finally:
+        store.close()
+    click.echo(f"{count - len(unreadable)} of {count} secrets are encrypted with the first key")
+    if unreadable:
+        raise click.ClickException(f"no key opens {', '.join(unreadable)}: keep the old keys, or store these again")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,11 @@
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from api.jobs import ACTIVE, Event, Job, LogLine, State
 from api.machine import Happening
-from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store, apply, created
+from api.store.store import ClientKey, KeyReused, NotFound, Query, Request, Secret, Store, apply, created
 
 
 class MemoryStore(Store):
@@ -19,7 +20,7 @@ class MemoryStore(Store):
         self._logs: dict[str, list[LogLine]] = {}
         self._requests: dict[tuple[str, str], tuple[str, str]] = {}
         self._leases: dict[str, tuple[str, float]] = {}
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str, ClientKey] = {}
         self._secrets: dict[tuple[str, str], Secret] = {}
 
     def add(self, job: Job, request: Request | None = None) -> tuple[Job, bool]:
@@ -104,11 +105,21 @@ class MemoryStore(Store):
             if self._leases.get(lease, ("", 0.0))[0] == holder:
                 del self._leases[lease]
 
-    def add_key(self, digest: str, project: str, at: float) -> None:  # noqa: ARG002  (a database keeps the time)
-        self._keys[digest] = project
+    def add_key(self, digest: str, project: str, at: float, name: str = "") -> None:
+        with self._lock:
+            self._keys[digest] = ClientKey(digest, project, at, name)
+
+    def client_keys(self) -> list[ClientKey]:
+        with self._lock:
+            return sorted(self._keys.values(), key=lambda key: (key.created_at, key.digest))
+
+    def remove_key(self, digest: str) -> bool:
+        with self._lock:
+            return self._keys.pop(digest, None) is not None
 
     def project_of(self, digest: str) -> str | None:
-        return self._keys.get(digest)
+        key = self._keys.get(digest)
+        return key.project if key else None
 
     def has_keys(self) -> bool:
         return bool(self._keys)
@@ -126,6 +137,18 @@ class MemoryStore(Store):
         with self._lock:
             found = [secret for (owner, _), secret in self._secrets.items() if owner == project]
         return sorted(found, key=lambda secret: secret.name)
+
+    def all_secrets(self) -> list[tuple[str, Secret]]:
+        with self._lock:
+            return [(project, secret) for (project, _), secret in sorted(self._secrets.items())]
+
+    def replace_secret(self, project: str, name: str, before: str, after: str) -> bool:
+        with self._lock:
+            known = self._secrets.get((project, name))
+            if known is None or known.ciphertext != before:
+                return False
+            self._secrets[project, name] = replace(known, ciphertext=after)
+            return True
 
     def remove_secret(self, project: str, name: str) -> bool:
         with self._lock:

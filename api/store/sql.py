@@ -12,12 +12,14 @@ from sqlalchemy.orm import Session
 from api.jobs import ACTIVE, Attempt, Event, Job, LogLine, State
 from api.machine import Happening
 from api.store.connections import WRITING, open_engine
-from api.store.migrate import is_current
-from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store, Unavailable, apply, created
+from api.store.store import ClientKey, KeyReused, NotFound, Query, Request, Secret, Store, Unavailable, apply, created
 from api.store.tables import AttemptRow, EventRow, JobRow, KeyRow, LeaseRow, LogRow, RequestRow, SecretRow
+from api.store.versions import works_on
 
 _JOB, _ATTEMPT = TypeAdapter(Job), TypeAdapter(Attempt)
 _COLUMNS = frozenset({"project", "state", "method", "priority", "labels", "created_at", "queued_at", "not_before"})
+_OTHER_TABLES = frozenset({"42P01", "42703"})  # PostgreSQL has no such table, no such column
+_ANOTHER_VERSION = "the database has the tables of another version"
 
 
 class SqlStore(Store):
@@ -37,6 +39,10 @@ class SqlStore(Store):
                 yield session
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable(str(error).splitlines()[0]) from error
+        except exc.ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", "") in _OTHER_TABLES:
+                raise Unavailable(_ANOTHER_VERSION) from error
+            raise
 
     # ---- jobs -----------------------------------------------------------------------------------------
 
@@ -167,9 +173,21 @@ class SqlStore(Store):
         with self._session(writing=True) as session:
             session.execute(delete(LeaseRow).where(LeaseRow.name == lease, LeaseRow.holder == holder))
 
-    def add_key(self, digest: str, project: str, at: float) -> None:
+    def add_key(self, digest: str, project: str, at: float, name: str = "") -> None:
         with self._session(writing=True) as session:
-            session.merge(KeyRow(digest=digest, project=project, created_at=at))
+            session.merge(KeyRow(digest=digest, project=project, created_at=at, name=name or None))
+
+    def client_keys(self) -> list[ClientKey]:
+        with self._session() as session:
+            rows = session.scalars(select(KeyRow).order_by(KeyRow.created_at, KeyRow.digest))
+            return [ClientKey(row.digest, row.project, row.created_at, row.name or "") for row in rows]
+
+    def remove_key(self, digest: str) -> bool:
+        with self._session(writing=True) as session:
+            row = session.get(KeyRow, digest, with_for_update=True)
+            if row is not None:
+                session.delete(row)
+            return row is not None
 
     def project_of(self, digest: str) -> str | None:
         with self._session() as session:
@@ -207,6 +225,21 @@ class SqlStore(Store):
             # sorted here, because a database may put letters and dashes in an order of its own
             return sorted(map(_secret, session.scalars(rows)), key=lambda secret: secret.name)
 
+    def all_secrets(self) -> list[tuple[str, Secret]]:
+        with self._session() as session:
+            return sorted(
+                ((row.project, _secret(row)) for row in session.scalars(select(SecretRow))),
+                key=lambda one: (one[0], one[1].name),
+            )
+
+    def replace_secret(self, project: str, name: str, before: str, after: str) -> bool:
+        with self._session(writing=True) as session:
+            row = session.get(SecretRow, (project, name), with_for_update=True)
+            if row is None or row.ciphertext != before:
+                return False
+            row.ciphertext = after
+            return True
+
     def remove_secret(self, project: str, name: str) -> bool:
         with self._session(writing=True) as session:
             row = session.get(SecretRow, (project, name), with_for_update=True)
@@ -218,8 +251,8 @@ class SqlStore(Store):
 
     def check(self) -> None:
         with self._session() as session:
-            if not is_current(session.connection()):
-                raise Unavailable("the database has the tables of another version")
+            if not works_on(session.connection()):
+                raise Unavailable(_ANOTHER_VERSION)
 
     def close(self) -> None:
         self.engine.dispose()

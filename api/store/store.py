@@ -55,6 +55,20 @@ class Secret:
     updated_at: float
 
 
+@dataclass(frozen=True)
+class ClientKey:
+    """A client's key as it is kept: its SHA-256 digest, whose first characters name it, and what a person calls it."""
+
+    digest: str
+    project: str
+    created_at: float
+    name: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.digest[:12]
+
+
 class Store(ABC):
     """Jobs, their events and logs, leases of the service's own processes, the keys of its clients and their secrets.
 
@@ -125,8 +139,16 @@ class Store(ABC):
         """Give a lease back."""
 
     @abstractmethod
-    def add_key(self, digest: str, project: str, at: float) -> None:
+    def add_key(self, digest: str, project: str, at: float, name: str = "") -> None:
         """Admit the client whose key has this SHA-256 digest to a project."""
+
+    @abstractmethod
+    def client_keys(self) -> list[ClientKey]:
+        """All clients' keys, the oldest first."""
+
+    @abstractmethod
+    def remove_key(self, digest: str) -> bool:
+        """Admit that client no longer; False where there is no such key."""
 
     @abstractmethod
     def project_of(self, digest: str) -> str | None:
@@ -147,6 +169,14 @@ class Store(ABC):
     @abstractmethod
     def secrets(self, project: str) -> list[Secret]:
         """The secrets of a project, by name."""
+
+    @abstractmethod
+    def all_secrets(self) -> list[tuple[str, Secret]]:
+        """The secrets of all projects, each with its project."""
+
+    @abstractmethod
+    def replace_secret(self, project: str, name: str, before: str, after: str) -> bool:
+        """Put another ciphertext of the same value in the place of `before`; False where that is not there any more."""
 
     @abstractmethod
     def remove_secret(self, project: str, name: str) -> bool:

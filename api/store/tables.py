@@ -114,3 +114,13 @@ class KeyRow(Base):
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     project: Mapped[str]
     created_at: Mapped[float]
+    name: Mapped[str | None] = mapped_column(String(63))
+
+
+class CompatibilityRow(Base):
+    """One row: the oldest migration whose code works on these tables. See `api.store.versions`."""
+
+    __tablename__ = "compatibility"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    oldest: Mapped[str] = mapped_column(String(32))

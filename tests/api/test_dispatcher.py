@@ -1,5 +1,6 @@
 """The dispatcher against a scripted Ray and a clock that the tests turn: what it starts, loses and ends."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from api.dispatcher import Dispatcher
 from api.jobs import Job, Limits, Needs, State, new_id
 from api.settings import Settings
 from api.store.memory import MemoryStore
+from api.store.store import Unavailable
 from tests.api.ray import ScriptedRay
 from workers.reports import Progress
 
@@ -309,3 +311,117 @@ def test_of_two_dispatchers_one_works_and_no_attempt_starts_twice(world: World) 
     assert sorted(world.ray.statuses) == sorted(f"{job}-1" for job in jobs)
     world.dispatcher.stop()
     assert other.round(), "the lease was given back"
+
+
+# ---- nodes that an autoscaler may add -----------------------------------------------------------------
+
+
+def shapes(*shapes: dict[str, object]) -> World:
+    world = World(settings=Settings.model_validate({"node_shapes": shapes}))
+    world.ray.nodes = [{"state": "ALIVE", "resources_total": {"CPU": 0.0, "memory": 4e9}}]  # the head
+    return world
+
+
+SMALL = Needs(cpus=2, memory=8 << 30)
+
+
+def test_without_shapes_only_living_nodes_count() -> None:
+    world = shapes()
+    job = world.job(needs=SMALL)
+    world.round()
+    assert world.state(job) == "queued"
+    assert "the largest node has 0, 0 and 4,000,000,000" in world.store.get(job).waiting_for
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_job_starts_where_a_node_that_it_fits_may_be_added(count: int | None) -> None:
+    world = shapes({"cpus": 2, "memory": "16Gi", "count": count})
+    job = world.job(needs=SMALL)
+    world.round()
+    assert world.state(job) == "starting"
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"cpus": 1, "memory": "16Gi"}, "the largest node has 1, 0 and 17,179,869,184"),
+        ({"cpus": 2, "memory": "4Gi"}, "the largest node has 2, 0 and 4,294,967,296"),
+        ({"cpus": 2, "memory": "16Gi", "count": 1}, "no processor for the runner"),
+        ({"cpus": 2, "memory": "16Gi", "count": 0}, "the largest node has 0, 0"),
+    ],
+)
+def test_a_job_waits_and_says_why_where_no_node_that_may_be_added_is_enough(
+    shape: dict[str, object], reason: str
+) -> None:
+    world = shapes(shape)
+    job = world.job(needs=SMALL)
+    world.round()
+    assert world.state(job) == "queued"
+    assert reason in world.store.get(job).waiting_for
+
+
+def test_living_nodes_and_shapes_count_together_for_the_runner() -> None:
+    world = shapes({"cpus": 2, "memory": "16Gi", "count": 1}, {"cpus": 1, "memory": "1Gi", "count": 1})
+    job = world.job(needs=SMALL)
+    gpu = world.job(needs=replace(SMALL, gpus=1.0))
+    world.round()
+    assert world.state(job) == "starting"
+    assert world.state(gpu) == "queued"
+
+
+# ---- beginning and ending -----------------------------------------------------------------------------
+
+
+class Watched(MemoryStore):
+    """A store that says how often the lease was asked for, and whose tables may be of another version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = threading.Semaphore(0)
+        self.foreign = False
+
+    def check(self) -> None:
+        if self.foreign:
+            raise Unavailable("the database has the tables of another version")
+
+    def hold(self, lease: str, holder: str, now: float, seconds: float) -> bool:
+        answer = super().hold(lease, holder, now, seconds)
+        self.held.release()
+        return answer
+
+
+def test_a_dispatcher_that_ends_gives_its_lease_back_whenever_it_is_told() -> None:
+    store = Watched()
+    world = World(store=store)
+    for _ in range(5):
+        with world.another().running():
+            assert store.held.acquire(timeout=10)
+        other = world.another()
+        assert other.round(), "the lease was free"
+        other.stop()
+        while store.held.acquire(blocking=False):
+            pass
+
+
+def test_tables_of_another_version_are_left_to_another_dispatcher() -> None:
+    store = Watched()
+    world = World(store=store)
+    store.foreign = True
+    with pytest.raises(Unavailable):
+        world.dispatcher.round()
+    assert not world.dispatcher.leads
+    store.foreign = False
+    assert world.another().round(), "the first one holds no lease"
+
+
+def test_a_dispatcher_says_whether_it_leads() -> None:
+    world = World()
+    other = world.another()
+    assert not world.dispatcher.leads
+    assert world.dispatcher.round()
+    assert not other.round()
+    assert world.dispatcher.leads
+    assert not other.leads
+    assert 0 <= world.dispatcher.idle_seconds < 60
+    world.dispatcher.stop()
+    assert not world.dispatcher.leads

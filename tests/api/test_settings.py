@@ -6,7 +6,8 @@ import pytest
 from cryptography.fernet import Fernet
 from pydantic import ValidationError
 
-from api.settings import Settings
+from api.settings import NodeShape, Settings, read_settings, unknown_in
+from merger.errors import RequestError
 
 
 def test_folders_are_separated_by_colons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +65,57 @@ def test_a_bad_key_is_refused_with_its_place_and_a_remedy_and_not_shown(
         Settings()
     assert good not in str(raised.value)
     assert bad not in str(raised.value)
+
+
+def test_node_shapes_are_numbers_or_quantities(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().node_shapes == ()
+    text = '[{"cpus": "3500m", "memory": "64Gi", "count": 3}, {"cpus": 8, "gpus": "1", "memory": 1000000}]'
+    monkeypatch.setenv("MERGER_NODE_SHAPES", text)
+    small, large = Settings().node_shapes
+    assert small == NodeShape(cpus=3.5, gpus=0.0, memory=64 * 1024**3, count=3)
+    assert large == NodeShape(cpus=8.0, gpus=1.0, memory=1_000_000, count=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("1.5G", 1_500_000_000), ("2Ti", 2 * 1024**4), ("512Ki", 524_288), ("7", 7)]
+)
+def test_quantities_are_those_of_kubernetes(text: str, bytes_: int) -> None:
+    assert NodeShape.model_validate({"cpus": 1, "memory": text}).memory == bytes_
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "many",
+        '[{"cpus": 1}]',
+        '[{"cpus": 1, "memory": "64GiB"}]',
+        '[{"cpus": -1, "memory": 1}]',
+        '[{"cpus": 1, "memory": 1, "gpu": 1}]',
+        '[{"cpus": 1, "memory": 1, "count": -1}]',
+    ],
+)
+def test_node_shapes_that_are_none_are_refused_by_their_name(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("MERGER_NODE_SHAPES", wrong)
+    with pytest.raises(RequestError) as raised:
+        read_settings()
+    assert raised.value.where.startswith("MERGER_NODE_SHAPES")
+
+
+def test_misspelt_settings_are_told_of_with_the_closest() -> None:
+    environment = [
+        "MERGER_LEASE_SECS",
+        "MERGER_LEASE_SECONDS",
+        "merger_max_running",
+        "MERGER_QQQ",
+        "PATH",
+        "MERGER_SERVER",
+    ]
+    assert unknown_in(environment) == [
+        "MERGER_LEASE_SECS is no setting; is MERGER_LEASE_SECONDS meant?",
+        "MERGER_QQQ is no setting",
+    ]
+
+
+def test_what_kubernetes_tells_of_services_is_not_taken_for_settings() -> None:
+    links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
+    assert unknown_in([f"MERGER_API_{link}" for link in links]) == []

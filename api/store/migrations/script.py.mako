@@ -5,6 +5,8 @@ from alembic import op
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
+# The oldest migration whose code works on these tables too; the one before, at least (see api/store/versions.py).
+oldest = ${repr(down_revision)}
 
 
 def upgrade() -> None:

@@ -1,7 +1,5 @@
 """Every store gives the same answers: in memory, on SQLite, and on PostgreSQL if MERGER_TEST_DATABASE_URL has one."""
 
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,15 +8,14 @@ from threading import Barrier
 from typing import TypeVar
 
 import pytest
-from sqlalchemy import text
 
 from api.jobs import Attempt, Entry, Job, Limits, Needs, Problem, State, new_id
 from api.machine import CancelAsked, Claimed, Dispatched, Refused, Reported, Waiting
-from api.store.connections import open_engine
 from api.store.memory import MemoryStore
 from api.store.migrate import migrate
 from api.store.sql import SqlStore
-from api.store.store import KeyReused, NotFound, Query, Request, Secret, Store
+from api.store.store import ClientKey, KeyReused, NotFound, Query, Request, Secret, Store
+from tests.api.store.databases import database
 from workers.reports import Progress
 
 T = TypeVar("T")
@@ -29,31 +26,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "memory":
         yield MemoryStore()
         return
-    if request.param == "sqlite":
-        yield from _migrated(f"sqlite:///{tmp_path / 'jobs.db'}")
-        return
-    url = os.environ.get("MERGER_TEST_DATABASE_URL")
-    if not url:
-        pytest.skip("MERGER_TEST_DATABASE_URL names no PostgreSQL")
-    schema = f"test_{uuid.uuid4().hex}"
-    server = open_engine(url)
-    with server.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-    try:
-        yield from _migrated(f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{schema}")
-    finally:
-        with server.begin() as connection:
-            connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-        server.dispose()
-
-
-def _migrated(url: str) -> Iterator[Store]:
-    store = SqlStore(url)
-    migrate(store.engine)
-    try:
-        yield store
-    finally:
-        store.close()
+    with database(request.param, tmp_path) as url:
+        store = SqlStore(url)
+        migrate(store.engine)
+        try:
+            yield store
+        finally:
+            store.close()
 
 
 def job(at: float = 1000.0, **fields: object) -> Job:
@@ -299,3 +278,22 @@ def test_of_secrets_of_one_name_at_once_one_is_new(store: Store) -> None:
 
 def test_of_holders_at_once_one_gets_the_lease(store: Store) -> None:
     assert sum(at_once(8, lambda number: store.hold("l", str(number), 1.0, 10))) == 1
+
+
+def test_keys_are_listed_by_age_and_removed(store: Store) -> None:
+    store.add_key("b" * 64, "p", 2.0, "later")
+    store.add_key("a" * 64, "q", 1.0)
+    assert store.client_keys() == [ClientKey("a" * 64, "q", 1.0), ClientKey("b" * 64, "p", 2.0, "later")]
+    assert store.remove_key("a" * 64)
+    assert not store.remove_key("a" * 64)
+    assert store.project_of("a" * 64) is None
+    assert [key.id for key in store.client_keys()] == ["b" * 12]
+
+
+def test_a_secret_is_replaced_only_where_it_is_what_it_was(store: Store) -> None:
+    store.put_secret("p", "one", "old", 1.0)
+    store.put_secret("a", "two", "old", 1.0)
+    assert not store.replace_secret("p", "one", "other", "new")
+    assert not store.replace_secret("p", "none", "old", "new")
+    assert store.replace_secret("p", "one", "old", "new")
+    assert store.all_secrets() == [("a", Secret("two", "old", 1.0, 1.0)), ("p", Secret("one", "new", 1.0, 1.0))]
