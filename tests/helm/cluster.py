@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 
 from tests.helm.api_server import ApiServer
 from tests.helm.api_server.admission import Admission
+from tests.helm.api_server.kinds import BY_NAME
 from tests.helm.api_server.store import Object, Store
 from tests.helm.chart import HELM
 from tests.helm.controllers import Controllers, Node
@@ -74,3 +75,45 @@ class Cluster:
     def close(self) -> None:
         self.server.close()
         self.controllers.join()
+
+    def put(self, kind: str, name: str, namespace: str = NAMESPACE, **fields: Any) -> Object:
+        """An object that somebody made before the chart came."""
+        if not self.store.get("Namespace", "", namespace):
+            self.admission.create(BY_NAME["Namespace"], "", _bare("Namespace", namespace))
+        return self.admission.create(BY_NAME[kind], namespace, _bare(kind, name) | fields)
+
+    def prepare(self, objects: Sequence[Object]) -> None:
+        """Make what these objects take for granted: Secrets and claims that none of them is."""
+        own = {(each["kind"], each["metadata"]["name"]) for each in objects}
+        for name, keys in sorted(_secrets(objects).items()):
+            if ("Secret", name) not in own:
+                self.put("Secret", name, stringData=dict.fromkeys(keys, "x" * 32))
+
+
+def _bare(kind: str, name: str) -> Object:
+    return {"apiVersion": BY_NAME[kind].api_version, "kind": kind, "metadata": {"name": name}}
+
+
+def _secrets(objects: Sequence[Object]) -> dict[str, set[str]]:
+    """Names and keys of the Secrets that objects refer to anywhere."""
+    found: dict[str, set[str]] = {}
+    for path, value in _walk(list(objects)):
+        if path == "secretKeyRef" and not value.get("optional"):
+            found.setdefault(value["name"], set()).add(value["key"])
+        elif path == "secretRef" and not value.get("optional"):
+            found.setdefault(value["name"], set())
+        elif path == "authOptions" and value.get("secretName"):
+            found.setdefault(value["secretName"], set()).add("auth_token")
+        elif path == "secret" and isinstance(value, dict) and "secretName" in value:
+            found.setdefault(value["secretName"], set())
+    return found
+
+
+def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    yield name, value
+    for key, each in value.items() if isinstance(value, dict) else [("", each) for each in _items(value)]:
+        yield from _walk(each, key)
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from tests.helm import kuberay
+from tests.helm import ray_pods
 from tests.helm.api_server.admission import Admission, Refusal
 from tests.helm.api_server.kinds import BY_NAME
 from tests.helm.api_server.store import Object, Store
@@ -210,11 +210,11 @@ class Controllers:
             self._make(wanted, "Pod", f"{meta['name']}-{failed}", body)
 
     def _ray_cluster(self, wanted: Object) -> None:
-        for name, body in kuberay.services(wanted).items():
+        for name, body in ray_pods.services(wanted).items():
             if not self._store.get("Service", wanted["metadata"]["namespace"], name):
                 self._make(wanted, "Service", name, body)
         # One after another, the head first: Ray nodes that start at once on one machine confuse each other.
-        for name, body in kuberay.pods(wanted).items():
+        for name, body in ray_pods.pods(wanted).items():
             pod = self._store.get("Pod", wanted["metadata"]["namespace"], name)
             if pod is None:
                 self._make(wanted, "Pod", name, body)
