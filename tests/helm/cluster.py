@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
+from tests.helm import ray_pods
 from tests.helm.api_server import ApiServer
 from tests.helm.api_server.admission import Admission
 from tests.helm.api_server.kinds import BY_NAME
 from tests.helm.api_server.store import Object, Store
 from tests.helm.chart import HELM
 from tests.helm.controllers import Controllers, Node
-from tests.helm.pods import PretendedNode
+from tests.helm.pods import PretendedNode, is_ready
 
 NAMESPACE = "models"
 # What helm and its plug-ins would read of this machine's own clusters.
@@ -44,6 +45,7 @@ class Cluster:
         """helm with arguments (and values in a file), whatever it says."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
         own |= {"HOME": str(self.folder), "KUBECONFIG": str(self.folder / "kubeconfig")}
+        own |= {"HELM_QPS": "1000", "HELM_BURST_LIMIT": "1000"}  # it need not spare this server
         command = [str(HELM), *arguments, "--namespace", NAMESPACE]
         if values is not None:
             path = self.folder / "values.yaml"
@@ -78,16 +80,45 @@ class Cluster:
 
     def put(self, kind: str, name: str, namespace: str = NAMESPACE, **fields: Any) -> Object:
         """An object that somebody made before the chart came."""
-        if not self.store.get("Namespace", "", namespace):
-            self.admission.create(BY_NAME["Namespace"], "", _bare("Namespace", namespace))
+        self._demand_namespace(namespace)
         return self.admission.create(BY_NAME[kind], namespace, _bare(kind, name) | fields)
+
+    def _demand_namespace(self, name: str = NAMESPACE) -> None:
+        if not self.store.get("Namespace", "", name):
+            self.admission.create(BY_NAME["Namespace"], "", _bare("Namespace", name))
+
+    def settle(self, seconds: float = 60) -> None:
+        """Wait until every Deployment and every Ray cluster has the pods that it wants, ready, and none else."""
+        assert self.store.until(lambda: not self.waits_for(), seconds), self.waits_for()
+
+    def waits_for(self) -> list[str]:
+        """What is not as it should become."""
+        found = [each["metadata"]["name"] for each in self.all("Deployment") if not _rolled_out(each)]
+        found += [each["metadata"]["name"] for each in self.all("StatefulSet") if not _rolled_out(each)]
+        for each in self.all("RayCluster"):
+            found += [name for name in ray_pods.pods(each) if not is_ready(self.get("Pod", name) or _NO_POD)]
+        return found + [each["metadata"]["name"] for each in self.all("Pod") if "deletionTimestamp" in each["metadata"]]
 
     def prepare(self, objects: Sequence[Object]) -> None:
         """Make what these objects take for granted: Secrets and claims that none of them is."""
+        self._demand_namespace()
         own = {(each["kind"], each["metadata"]["name"]) for each in objects}
         for name, keys in sorted(_secrets(objects).items()):
             if ("Secret", name) not in own:
                 self.put("Secret", name, stringData=dict.fromkeys(keys, "x" * 32))
+        claims = {each["claimName"] for name, each in _walk(list(objects)) if name == "persistentVolumeClaim"}
+        for name in sorted(claims - {name for kind, name in own if kind == "PersistentVolumeClaim"}):
+            spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+            self.put("PersistentVolumeClaim", name, spec=spec)
+
+
+_NO_POD: Object = {"metadata": {}}
+
+
+def _rolled_out(thing: Object) -> bool:
+    status, wanted = thing.get("status") or {}, thing["spec"]["replicas"]
+    counts = {status.get(each) for each in ("replicas", "readyReplicas", "updatedReplicas")}
+    return counts == {wanted} and status["observedGeneration"] == thing["metadata"]["generation"]
 
 
 def _bare(kind: str, name: str) -> Object:

@@ -90,11 +90,12 @@ def _template_faults(thing: Object, path: str, template: Object) -> Iterator[str
     allowed = {"Job": ("Never", "OnFailure"), "Deployment": ("Always",), "StatefulSet": ("Always",)}
     if policy not in allowed.get(thing["kind"], (policy,)):
         yield f'{path}spec.restartPolicy: Unsupported value: "{policy}"'
-    yield from (f"{path}spec.{fault}" for fault in _pod_faults(template["spec"]))
+    claims = [each["metadata"]["name"] for each in thing["spec"].get("volumeClaimTemplates") or []]
+    yield from (f"{path}spec.{fault}" for fault in _pod_faults(template["spec"], claims))
 
 
-def _pod_faults(spec: Object) -> Iterator[str]:
-    volumes = [each["name"] for each in spec.get("volumes") or []]
+def _pod_faults(spec: Object, claims: list[str]) -> Iterator[str]:
+    volumes = [*claims, *(each["name"] for each in spec.get("volumes") or [])]
     containers = [*(spec.get("initContainers") or []), *spec["containers"]]
     for name in {each for each in volumes if volumes.count(each) > 1}:
         yield f'volumes: Duplicate value: "{name}"'
