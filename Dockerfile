@@ -19,8 +19,8 @@ COPY workers workers
 COPY api api
 # Every version is that of constraints.txt; what it does not name is refused by the check of tests/helm/test_image.py.
 RUN /opt/merger/bin/pip install --constraint constraints.txt '.[service,torch,objects,search,mergekit]' && /opt/merger/bin/pip check
-# Tests of libraries, and pip itself, are no part of a service. Byte code of what stays is made once, here.
-RUN /opt/merger/bin/pip uninstall --yes pip && find /opt/merger -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + && python3 -m compileall -q -j 0 /opt/merger
+# Tests of libraries, and pip itself, are no part of a service.
+RUN /opt/merger/bin/pip uninstall --yes pip && find /opt/merger -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} +
 
 FROM ${BASE}
 ARG VERSION=0.1.0

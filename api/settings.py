@@ -15,6 +15,7 @@ from merger.errors import RequestError, SourceError
 from merger.storage.stores import location_of
 
 _PREFIX = "MERGER_"
+SAMPLES = Path(__file__).parent / "samples"  # two tiny checkpoints, which everybody may read: see api/smoke.py
 _CLIENTS = frozenset({"MERGER_SERVER"})  # what the `merger` command looks for
 # What Kubernetes puts into every container for a Service named merger-...
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
@@ -111,6 +112,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is told on stderr: this and what weighs more."
     )
+
+    @property
+    def readable_roots(self) -> tuple[Path, ...]:
+        """The folders below which models may be read; none: everywhere."""
+        return (*self.source_roots, SAMPLES) if self.source_roots else ()
 
     @field_validator("source_roots", "output_roots", mode="before")
     @classmethod

@@ -104,7 +104,7 @@ def _output_of(document: Document, settings: Settings) -> Path:
 
 def roots_of(settings: Settings) -> Roots:
     """Where models may be read."""
-    return Roots(settings.source_roots)
+    return Roots(settings.readable_roots)
 
 
 def place_of(path: Path, working_folder: Path) -> Path:

@@ -67,7 +67,7 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         recipe=found.recipe,
         output=found.output,
         working_folder=str(settings.working_folder.absolute()),
-        source_roots=tuple(map(str, settings.source_roots)),
+        source_roots=tuple(map(str, settings.readable_roots)),
         object_roots=settings.object_roots,
         task_cpus=settings.task_cpus,
         task_memory=settings.task_memory,

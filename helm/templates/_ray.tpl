@@ -52,7 +52,7 @@ ray.io/cluster: {{ include "merger.ray.name" . }}
 {{- define "merger.ray.groups" -}}
 {{- $groups := dict -}}
 {{- range $name, $group := .Values.ray.groups -}}
-{{- if $group -}}
+{{- if kindIs "map" $group -}}
 {{- $whole := mergeOverwrite (deepCopy $.Values.ray.groupDefaults) (deepCopy $group) -}}
 {{- if $whole.enabled -}}{{- $_ := set $groups $name $whole -}}{{- end -}}
 {{- end -}}

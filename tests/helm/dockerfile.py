@@ -1,5 +1,6 @@
-"""Reads a Dockerfile, and takes its steps in a root folder of its own, where no engine runs. Knows the instructions that
-ours uses, refuses others; knows nothing of what they build.
+"""Reads a Dockerfile, and takes its steps in a root folder of its own, where no engine runs.
+
+Knows the instructions that ours uses and refuses others; knows nothing of what they build.
 """
 
 import os
@@ -150,7 +151,7 @@ class Root:
 
 
 def made_root(path: Path, suite: str, mounts: Sequence[Path]) -> Root:
-    """A Debian of its own in a new folder, which sees `mounts` of this machine and resolves names as this machine does."""
+    """A new Debian in a folder, which sees `mounts` of this machine and resolves names as it does."""
     subprocess.run(["debootstrap", "--variant=minbase", suite, str(path)], check=True, capture_output=True)
     return _opened(path, mounts)
 

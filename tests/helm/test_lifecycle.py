@@ -12,7 +12,7 @@ import pytest
 from tests.helm.api_server.schemas import RAY_CLUSTERS
 from tests.helm.api_server.store import Object
 from tests.helm.chart import CHART, render
-from tests.helm.cluster import NAMESPACE, Cluster
+from tests.helm.loopback import NAMESPACE, Cluster
 
 SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 MINIMAL = ("--values", str(CHART / "ci/minimal-values.yaml"))
