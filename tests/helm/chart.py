@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +38,12 @@ def render(
     upgrade: bool = False,
     kube_version: str = "1.34",
     capabilities: Sequence[str] = CAPABILITIES,
+    chart: Path = CHART,
 ) -> list[Object]:
     """The objects of the chart with `values` over those of `ci/<scenario>-values.yaml`. Raises Refused."""
-    text = _rendered(json.dumps(values or {}), scenario, release, namespace, upgrade, kube_version, tuple(capabilities))
+    text = _rendered(
+        json.dumps(values or {}), scenario, release, namespace, upgrade, kube_version, tuple(capabilities), chart
+    )
     return [document for document in yaml.safe_load_all(text) if document]
 
 
@@ -52,8 +56,9 @@ def _rendered(
     upgrade: bool,
     kube_version: str,
     capabilities: tuple[str, ...],
+    chart: Path,
 ) -> str:
-    command = [str(HELM), "template", release, str(CHART), "--namespace", namespace, "--kube-version", kube_version]
+    command = [str(HELM), "template", release, str(chart), "--namespace", namespace, "--kube-version", kube_version]
     command += ["--is-upgrade"] if upgrade else []
     command += [f"--api-versions={each}" for each in capabilities]
     command += ["--values", str(CHART / "ci" / f"{scenario}-values.yaml")] if scenario else []
@@ -61,6 +66,18 @@ def _rendered(
     if done.returncode:
         raise Refused(done.stderr)
     return done.stdout
+
+
+def changed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """A copy of the chart in a folder, with a text of some templates replaced: {"_settings.tpl": (old, new)}."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart)
+    for name, (old, new) in changes.items():
+        path = chart / "templates" / name
+        text = path.read_text()
+        assert old in text, f"{name} has no {old}"
+        path.write_text(text.replace(old, new))
+    return chart
 
 
 def find(objects: Sequence[Object], kind: str, name: str = "") -> Object:
