@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helm.api_server.admission import address_of
-from tests.helm.api_server.rules import quantity
+from tests.helm.api_server.rules import pod_templates, quantity
 from tests.helm.api_server.store import Object, Store
 
 _HEAD = "[a-z][a-z0-9-]*-head-svc"
@@ -115,6 +115,28 @@ def volumes(store: Store, pod: Object, folder: Path, claims: Path) -> dict[str, 
                 for name, text in _data(store, kind, pod["metadata"]["namespace"], volume[field][key]).items():
                     (path / name).write_text(text)
     return found
+
+
+def shared(store: Store, namespace: str, claims: Path) -> dict[str, Path]:
+    """Where claims stand in any pod of the namespace: pods tell each other of paths that they do not mount."""
+    found = {}
+    for kind in ("Deployment", "RayCluster", "Pod"):
+        for thing in store.all(kind, namespace):
+            for _, template in pod_templates(thing):
+                found |= dict(_claim_mounts(template["spec"], claims))
+    return found
+
+
+def _claim_mounts(spec: Mapping[str, Any], claims: Path) -> Iterator[tuple[str, Path]]:
+    names = {each["name"]: each["persistentVolumeClaim"]["claimName"] for each in _claims(spec)}
+    for container in spec["containers"]:
+        for mount in container.get("volumeMounts") or []:
+            if mount["name"] in names:
+                yield mount["mountPath"], claims / names[mount["name"]] / mount.get("subPath", "")
+
+
+def _claims(spec: Mapping[str, Any]) -> list[Object]:
+    return [each for each in spec.get("volumes") or [] if "persistentVolumeClaim" in each]
 
 
 def mounts(container: Object, folders: Mapping[str, Path]) -> dict[str, Path]:

@@ -212,7 +212,8 @@ class _Container:
 
     def _start(self) -> None:
         namespace = self._pod["metadata"]["namespace"]
-        put = containers.Substitution(self._kubelet.store, namespace, self._mounts, self._pod["status"]["podIP"])
+        paths = containers.shared(self._kubelet.store, namespace, self._kubelet.folder) | self._mounts
+        put = containers.Substitution(self._kubelet.store, namespace, paths, self._pod["status"]["podIP"])
         known = containers.environment(self._kubelet.store, self._pod, self._spec)
         self.environment = {key: put(value) for key, value in known.items()} | self._own()
         words = containers.command(self._spec, known, put)

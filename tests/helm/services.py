@@ -42,7 +42,7 @@ class Services:
 
     async def _listen(self, service: Object, port: Object) -> asyncio.Server:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, asyncio.CancelledError):  # the task ends here, cut or not
                 await self._forward(service, port, reader, writer)
             writer.close()
 
