@@ -80,6 +80,11 @@ class Settings(BaseSettings):
     working_folder: Path = Field(default=Path(), description="What relative paths in recipes are relative to.")
     source_roots: Folders = Field(default=(), description="Folders below which models may be read, colon-separated.")
     output_roots: Folders = Field(default=(), description="Folders below which results go, colon-separated.")
+    shared_folders: bool = Field(
+        default=True,
+        description="Whether the API and all nodes see the same files. Where not, results are only pushed, and the tasks "
+        "of a job run on its runner's node.",
+    )
     object_roots: Addresses = Field(
         default=(),
         description="Addresses below which object stores may be used, comma-separated: s3://team/. None without.",

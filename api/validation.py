@@ -51,6 +51,10 @@ def validate(
 ) -> Validated:
     """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
+    if not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     output = _output_of(document, settings)
     _admit_output(output, settings)
     if document.output.push and in_store(document.output.push):
@@ -75,7 +79,7 @@ def validate(
     if any(part.trains for part in all_of(document.recipe)):
         requests.append(training_request(plan, size))
     request = max(requests, key=lambda request: request.memory)
-    if not is_complete(output, plan):  # the same result again is no work
+    if settings.shared_folders and not is_complete(output, plan):  # the same result again is no work
         check_free(output, plan)
         check_disk(plan, output, 0, at_once=len(plan.shards))
     summary = {

@@ -34,6 +34,7 @@ DERIVED = {
     "source_roots": "storage",
     "output_roots": "storage",
     "object_roots": "storage",
+    "shared_folders": "storage.mode",
 }
 
 Schema = dict[str, Any]

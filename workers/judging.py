@@ -18,6 +18,7 @@ from merger.judging import LocalJudge, Remembered
 from merger.methods.method import Judge, Method
 from merger.reach import Reach
 from merger.sources import sources_within
+from workers.placement import options_of
 from workers.resources import Request
 
 _RETRIES = 3  # of a task whose process dies
@@ -52,7 +53,7 @@ class RayJudge(Judge):
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._reach, self._connect, self._say = folder, reach, connect, say
-        self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
+        self._options = options_of(request)
         self._left: list[Any] = []
 
     def score(

@@ -62,6 +62,7 @@ class Order:
     heartbeat_seconds: float
     hub_token: Token | None = None
     task_device: str = "auto"
+    shared_folders: bool = True
 
     def content(self) -> dict[str, Any]:
         """The order as it is sent, its token in plain text."""

@@ -27,6 +27,7 @@ class Request:
     cpus: float
     gpus: float
     memory: int
+    node: str = ""  # the only one that may run it, by Ray's name; any without
 
 
 def measuring_request(plan: Plan, size: TaskSize) -> Request:

@@ -36,8 +36,9 @@ from merger.sources import sources_within
 from merger.staging import Staging
 from merger.uploads import Uploads
 from workers.judging import RayJudge
+from workers.placement import bound_to_this_node
 from workers.reports import Api, Order, Progress, Reporter, Superseded, Word
-from workers.resources import TaskSize, measuring_request, request_for, training_request
+from workers.resources import Request, TaskSize, measuring_request, request_for, training_request
 from workers.shards import ShardTasks, Work
 from workers.training import RayTrainer
 
@@ -128,6 +129,7 @@ class Attempt:
         plan, _ = plan_of(document, Options(size.memory), sources)
         destination = destination_of(document.output, sources.hub)
         request, allotment = request_for(plan, size)
+        request = self._placed(request)
         self._reporter.event("planned", fingerprint=plan.fingerprint, shards=len(plan.shards), bytes=plan.size)
         self._tell("writing", total=plan.size, shards=len(plan.shards))
         if destination:
@@ -183,7 +185,8 @@ class Attempt:
             return document, NONE
         plan, _ = plan_of(document, Options(size.memory), sources)
         self._tell("choosing")
-        trainer = RayTrainer(sources, self._reach, training_request(plan, size), _connect, self._say)
+        request = self._placed(training_request(plan, size))
+        trainer = RayTrainer(sources, self._reach, request, _connect, self._say)
         means = Means(sources, self._judge_for(plan, size), trainer)
         document, evidence = chosen(document, Options(size.memory), means)
         for choice in evidence.choices:
@@ -192,10 +195,17 @@ class Attempt:
         return document, evidence
 
     def _judge_for(self, plan: Plan, size: TaskSize) -> RayJudge:
-        request = measuring_request(plan, size)
+        request = self._placed(measuring_request(plan, size))
         scores = self._staging.scores.absolute()
         self._judge = RayJudge(scores, self._reach, request, _connect, self._say)
         return self._judge
+
+    def _placed(self, request: Request) -> Request:
+        """The request, for this node alone where the others do not see its folders. Raises WorkerDied."""
+        if self._order.shared_folders:
+            return request
+        _connect()
+        return bound_to_this_node(request)
 
     def _all(self, document: Document) -> Reach:
         """What may be read: below the roots, what this very job makes, object stores below their roots, and the Hub

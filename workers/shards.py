@@ -22,6 +22,7 @@ from merger.errors import WorkerDied
 from merger.plan import Shard
 from merger.receipt import Receipt, read_receipt
 from merger.uploads import Uploads
+from workers.placement import options_of
 from workers.resources import Request
 
 _MOST_DEATHS = 4  # of the processes that work on one shard
@@ -128,11 +129,7 @@ class ShardTasks:
         self._tasks: dict[Any, _Task] = {}
         self._deaths: dict[str, int] = {}
         self._remote: Any = ray.remote(write_shard).options(
-            num_cpus=work.request.cpus,
-            num_gpus=work.request.gpus,
-            memory=work.request.memory,
-            num_returns="streaming",
-            max_retries=0,
+            **options_of(work.request), num_returns="streaming", max_retries=0
         )
 
     def run(self, shards: Sequence[Shard]) -> list[Receipt]:

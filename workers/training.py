@@ -13,6 +13,7 @@ from merger.fine_tuning import Order, in_order, models_of, orders_of, train_apar
 from merger.methods.method import Sources, Trainer
 from merger.reach import Reach
 from merger.stages import Training
+from workers.placement import options_of
 from workers.resources import Request
 
 _RETRIES = 3  # of a task that dies, or whose process for training does: the stage goes on from its last state
@@ -40,7 +41,7 @@ class RayTrainer(Trainer):
     ) -> None:
         self._sources, self._connect, self._say = sources, connect, say
         self._reach = reach
-        self._options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": request.memory}
+        self._options = options_of(request)
 
     def trained(self, training: Training, models: Sequence[str]) -> tuple[list[str], list[str]]:
         self._connect()

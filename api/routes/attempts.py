@@ -74,6 +74,7 @@ def claim(job: UUID, number: int, body: _Claim, context: InContext, response: Re
         task_device=settings.task_device,
         heartbeat_seconds=settings.heartbeat_seconds,
         hub_token=_hub_token(context, found),
+        shared_folders=settings.shared_folders,
     )
     response.headers["Cache-Control"] = "no-store"
     return {"token": token, "order": order.content()}

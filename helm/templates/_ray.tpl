@@ -108,7 +108,8 @@ the store, Ray's own processes and a runner need it, and Ray counts none of them
 {{- $shapes := list -}}
 {{- range $name, $group := include "merger.ray.groups" . | fromYaml -}}
 {{- if gt (int $group.maxReplicas) 0 -}}
-{{- $shapes = append $shapes (include "merger.ray.shape" (dict "root" $ "name" $name "group" $group)) -}}
+{{- $shape := include "merger.ray.shape" (dict "root" $ "name" $name "group" $group) | trimSuffix "}" -}}
+{{- $shapes = append $shapes (printf "%s,\"count\":%d}" $shape (int $group.maxReplicas)) -}}
 {{- end -}}
 {{- end -}}
 {{- printf "[%s]" (join "," $shapes) -}}

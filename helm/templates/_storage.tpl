@@ -101,6 +101,8 @@ Knows folders, claims and variables; knows nothing of what runs in the pods.
   value: {{ include "merger.storage.roots" (dict "root" . "folders" .Values.storage.volume.sourceRoots) | quote }}
 - name: MERGER_OUTPUT_ROOTS
   value: {{ include "merger.storage.roots" (dict "root" . "folders" .Values.storage.volume.outputRoots) | quote }}
+- name: MERGER_SHARED_FOLDERS
+  value: {{ eq .Values.storage.mode "volume" | quote }}
 {{- with .Values.storage.objects.roots }}
 - name: MERGER_OBJECT_ROOTS
   value: {{ join "," . | quote }}

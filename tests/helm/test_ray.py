@@ -226,6 +226,7 @@ def test_the_service_knows_what_nodes_may_come() -> None:
         (16, 0, 254),
     ]
     cluster = cluster_of(scenario="gpu")
+    assert sorted(shape["count"] for shape in shapes) == [2, 2, 8]
     told = [
         (str(shape["cpus"]), str(shape["memory"]), str(shape["gpus"]) if shape["gpus"] else None) for shape in shapes
     ]

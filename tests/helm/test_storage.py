@@ -75,6 +75,7 @@ def test_the_service_reads_what_the_mode_says(mode: str, monkeypatch: pytest.Mon
     root = "/models" if mode == "volume" else "/scratch/work"
     assert str(settings.working_folder) == folder
     assert [*map(str, settings.source_roots)] == [*map(str, settings.output_roots)] == [root]
+    assert settings.shared_folders is (mode == "volume")
     addresses = ("s3://team-models/", "s3://team-results/merged") if mode == "objects" else ()
     assert settings.object_roots == addresses
 
