@@ -70,7 +70,8 @@ def _entries(node: MappingNode, values: Mapping[str, Any], lines: list[str], pat
 
 
 def _documented(node: MappingNode, lines: list[str]) -> bool:
-    return any(
+    """Whether something in a mapping has a comment of its own; one line `{a: 1}` has that of its key at most."""
+    return not node.flow_style and any(
         _comment(lines, key.start_mark.line) or (isinstance(child, MappingNode) and _documented(child, lines))
         for key, child in node.value
     )
