@@ -7,6 +7,7 @@ is `ray_shim.py`, which gives every node ports of its own. Knows nothing of Depl
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import stat
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -158,14 +160,19 @@ class _Life(threading.Thread):
     def _live(self) -> None:
         policy = self._pod["spec"].get("restartPolicy", "Always")
         main = [self._container(spec) for spec in self._pod["spec"]["containers"]]
+        deadline = time.monotonic() + self._pod["spec"].get("activeDeadlineSeconds", math.inf)
         while not self.ending.wait(PERIOD):
+            if time.monotonic() > deadline:
+                self._write(phase="Failed", reason="DeadlineExceeded")
+                for container in main:
+                    container.kill()
+                return
             codes = [container.code for container in main]
             for container, code in zip(main, codes, strict=True):
                 if code is not None and (policy == "Always" or (policy == "OnFailure" and code)):
                     container.restart(self.ending)
             if policy != "Always" and None not in codes and (policy == "Never" or not any(codes)):
                 self._write(phase="Failed" if any(codes) else "Succeeded", containerStatuses=_ended(codes))
-                self._kubelet.services.listen()
                 return
             answers = [container.probe() for container in main]
             self._set_ready(all(answers))

@@ -1,10 +1,10 @@
 """Services of the loopback cluster: what comes to a Service's address goes on to a ready pod. Knows no HTTP."""
 
-import asyncio
 import contextlib
 import itertools
+import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tests.helm.api_server.store import Object, Store
 from tests.helm.pods import is_ready
@@ -21,68 +21,80 @@ def port_of(pod: Object, port: int | str) -> int:
 
 
 class Services:
-    """Listens at every port of every Service, in a thread, until `close`."""
+    """Listens at every port of every Service, in threads, until `close`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._turns = itertools.count()
-        self._servers: dict[tuple[str, int], asyncio.Server] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._listeners: dict[tuple[str, int], socket.socket] = {}
+        self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
 
     def listen(self) -> None:
         """Listen where Services have come since the last call."""
         for service in self._store.all("Service"):
             address = service["spec"]["clusterIP"]
             for port in service["spec"].get("ports") or []:
-                if address != "None" and (address, port["port"]) not in self._servers:
-                    made = asyncio.run_coroutine_threadsafe(self._listen(service, port), self._loop)
-                    self._servers[address, port["port"]] = made.result(10)
+                if address != "None" and (address, port["port"]) not in self._listeners:
+                    listener = self._listeners[address, port["port"]] = socket.create_server((address, port["port"]))
+                    self._run(self._accept, listener, service, port)
 
-    async def _listen(self, service: Object, port: Object) -> asyncio.Server:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, asyncio.CancelledError):  # the task ends here, cut or not
-                await self._forward(service, port, reader, writer)
-            writer.close()
+    def _run(self, target: Callable[..., None], *arguments: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads = [each for each in self._threads if each.is_alive() or each.ident is None] + [thread]
+        thread.start()
+        return thread
 
-        return await asyncio.start_server(serve, service["spec"]["clusterIP"], port["port"])
+    def _accept(self, listener: socket.socket, service: Object, port: Object) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                connection, _ = listener.accept()
+                self._run(self._serve, connection, service, port)
 
-    async def _forward(
-        self, service: Object, port: Object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def _serve(self, here: socket.socket, service: Object, port: Object) -> None:
         pods = self._ready(service["metadata"]["namespace"], service["spec"]["selector"])
-        if not pods:
-            return
-        pod = pods[next(self._turns) % len(pods)]
-        target = port_of(pod, port.get("targetPort", port["port"]))
-        there, back = await asyncio.open_connection(pod["status"]["podIP"], target)
-        with contextlib.closing(back):
-            ways = (_copy(reader, back), _copy(there, writer))
-            await asyncio.gather(*ways, return_exceptions=True)
+        with here, contextlib.suppress(OSError):
+            if pods:
+                pod = pods[next(self._turns) % len(pods)]
+                target = port_of(pod, port.get("targetPort", port["port"]))
+                with socket.create_connection((pod["status"]["podIP"], target), 10) as there:
+                    there.settimeout(None)
+                    self._join(here, there)
+
+    def _join(self, here: socket.socket, there: socket.socket) -> None:
+        """Copy both ways until both have ended."""
+        with self._lock:
+            self._open |= {here, there}
+            if self._closed:
+                return
+        back = self._run(_copy, there, here)
+        _copy(here, there)
+        back.join()
+        with self._lock:
+            self._open -= {here, there}
 
     def _ready(self, namespace: str, selector: Mapping[str, str]) -> list[Object]:
         every = self._store.all("Pod", namespace)
         return [each for each in every if is_ready(each) and selector.items() <= each["metadata"]["labels"].items()]
 
     def close(self) -> None:
-        async def end() -> None:
-            for server in self._servers.values():
-                server.close()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Cut every connection and wait until the threads have ended."""
+        with self._lock:
+            self._closed = True
+            for each in [*self._listeners.values(), *self._open]:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        for listener in self._listeners.values():
+            listener.close()
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
 """What the chart renders runs for real: helm installs it, a kubelet runs its pods as processes of this machine.
 
 A fresh PostgreSQL database, migrations, two API processes, two dispatchers, a Ray head and two workers with KubeRay's
-flags and the token on, then `helm test`; and an upgrade in the middle of a job. What is put in place of what would stand in
-a cluster is said in `containers.py`, `kubelet.py` and `ray_shim.py`.
+flags and the token on, then `helm test`; and an upgrade in the middle of a job. What is put in place of what would
+stand in a cluster is said in `containers.py`, `kubelet.py` and `ray_shim.py`.
 """
 
 import base64
@@ -81,7 +81,7 @@ class Release:
         return found
 
     def halted_tasks(self) -> list[psutil.Process]:
-        """The tasks of this cluster's jobs that write shards now, halted: a job stays in its middle as long as they are."""
+        """The tasks that write shards now, halted: the job stays in its middle as long as they are."""
         found = []
         uids = self.pods()["ray"]
         for process in psutil.process_iter():
@@ -150,11 +150,12 @@ def test_an_upgrade_in_the_middle_of_a_job_loses_nothing(release: Release) -> No
 
 def test_helm_test_fails_where_nothing_is_dispatched(release: Release) -> None:
     """The last test: it leaves the release without dispatchers."""
-    release.cluster.store.change(
-        "Deployment", NAMESPACE, "demo-merger-dispatcher", lambda each: each["spec"].update(replicas=0)
-    )
+    release.upgrade("--set", "smoke.activeDeadlineSeconds=20")
+    name = "demo-merger-dispatcher"
+    release.cluster.store.change("Deployment", NAMESPACE, name, lambda each: each["spec"].update(replicas=0))
     release.cluster.settle()
-    impatient = ("--set-json", 'smoke.extraArgs=["--seconds","5"]')
-    assert impatient
     assert "demo-merger-smoke failed" in release.cluster.refused("test", "demo", "--timeout", "240s")
-    assert "the job is still queued" in release.kubelet.log("demo-merger-smoke")
+    pod = release.cluster.get("Pod", "demo-merger-smoke")
+    assert pod
+    assert pod["status"]["reason"] == "DeadlineExceeded"
+    assert release.kubelet.log("demo-merger-smoke").splitlines()[-1] == "queued"
