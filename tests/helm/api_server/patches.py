@@ -1,6 +1,7 @@
 """The two kinds of patches that helm sends. Knows how lists are merged from the schemas; knows no single kind."""
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class StrategicMerge:
                 result[name] = [each for each in result.get(name, []) if each not in value]
             elif not key.startswith("$"):
                 self._set(result, key, value, self._field(schema, key))
-        self._order(result, patch, schema)
+        self._order(result, target, patch, schema)
         return result
 
     def _set(self, result: dict[str, Any], key: str, value: Any, schema: Schema) -> None:
@@ -67,16 +68,14 @@ class StrategicMerge:
                 result.append(self({}, each, schema["items"]))
             else:
                 result[at] = self(result[at], each, schema["items"])
-        return result
+        return _ordered(result, target, [each for each in patch if "$patch" not in each], key)
 
-    def _order(self, result: dict[str, Any], patch: dict[str, Any], schema: Schema) -> None:
+    def _order(self, result: dict[str, Any], target: Any, patch: dict[str, Any], schema: Schema) -> None:
         for directive, order in patch.items():
             name = directive.partition("/")[2]
             if directive.startswith("$setElementOrder/") and isinstance(result.get(name), list):
                 key = self._field(schema, name).get("x-kubernetes-patch-merge-key")
-                wanted = [each.get(key) if key else each for each in order]
-                place = {json_key(value): i for i, value in enumerate(wanted)}
-                result[name].sort(key=lambda each: place.get(json_key(each.get(key) if key else each), len(place)))
+                result[name] = _ordered(result[name], (target or {}).get(name) or [], order, key)
 
     def _field(self, schema: Schema, key: str) -> Schema:
         found = schema.get("properties", {}).get(key)
@@ -91,6 +90,18 @@ class StrategicMerge:
         return self._resolved(self._definitions[reference.rpartition("/")[2]]) if reference else schema
 
 
-def json_key(value: Any) -> str:
-    """A value as a key of a dictionary."""
-    return f"{type(value).__name__} {value}"
+def _ordered(result: list[Any], before: list[Any], order: list[Any], key: str | None) -> list[Any]:
+    """A merged list in the patch's order; what the patch does not name stays before what it stood before."""
+
+    def name(each: Any) -> str:
+        return json.dumps(each.get(key) if key else each, sort_keys=True)
+
+    wanted = {name(each): i for i, each in enumerate(order)}
+    place = {name(each): i for i, each in enumerate(before)}
+    named = sorted((each for each in result if name(each) in wanted), key=lambda each: wanted[name(each)])
+    others = [each for each in result if name(each) not in wanted]
+    found = []
+    while named and others:
+        later = place.get(name(named[0]), -1) > place.get(name(others[0]), -1)
+        found.append((others if later else named).pop(0))
+    return found + named + others
