@@ -25,7 +25,7 @@ from tests.service.processes import ENDED, recipe, until, write_run
 SHARDS = 6
 VALUES = {
     "database": {"existingSecret": "merger-database"},
-    "settings": {"heartbeat_seconds": 0.2, "lease_seconds": 5, "task_memory": 64 << 20},
+    "settings": {"task_memory": 64 << 20},
     "ray": {"groups": {"cpu": {"minReplicas": 2, "maxReplicas": 2}}},
 }
 
@@ -66,6 +66,10 @@ class Release:
             return found if found["state"] in ENDED else None
 
         return until(look, 240, 0.2)
+
+    def events(self, job: str) -> str:
+        """What the service and its pods tell of a job, for the message of a test that failed."""
+        return f"{self.http.get(f'/v1/jobs/{job}/events').text}\n{self.kubelet.logs()}"
 
     @property
     def models(self) -> Path:
@@ -138,12 +142,13 @@ def test_an_upgrade_in_the_middle_of_a_job_loses_nothing(release: Release) -> No
     assert not before["api"] & after["api"]
     assert not before["dispatcher"] & after["dispatcher"]
     assert before["ray"] == after["ray"]
-    assert release.job(job)["state"] == "running"
+    now = release.job(job)
+    assert (now["state"], len(now["attempts"])) == ("running", 1), release.events(job)
 
     for process in stopped:
         process.resume()
     ended = release.ended(job)
-    assert (ended["state"], len(ended["attempts"])) == ("succeeded", 1), ended
+    assert (ended["state"], len(ended["attempts"])) == ("succeeded", 1), release.events(job)
     assert len(ended["result"]["files"]) == SHARDS
     assert len([*(release.models / "averaged").glob("*.safetensors")]) == SHARDS
 
