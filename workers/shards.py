@@ -4,11 +4,12 @@ A task streams numbers (bytes that it has written), signs while it uploads, and 
 whose process died is run again, under another name for its unfinished file, unless the shard turns out to be finished.
 """
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ Said = int | Uploading | Receipt
 @dataclass(frozen=True)
 class Work:
     """Everything that a task needs beside its shard: remote files in `cached` are downloaded whole, a finished shard is
-    uploaded to the `destination`.
+    uploaded to the `destination`. Relative paths of sources begin at `place`, where the runner stands.
     """
 
     folder: Path
@@ -51,10 +52,12 @@ class Work:
     request: Request
     cached: Collection[str] = ()
     destination: Destination | None = None
+    place: Path = field(default_factory=Path.cwd)
 
 
 def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said]:
     """What a task does: numbers of bytes as they are written, signs while it uploads, then the receipt."""
+    os.chdir(work.place)
     kernels.load()
     written: queue.SimpleQueue[Said | BaseException] = queue.SimpleQueue()
 

@@ -62,7 +62,7 @@ class PretendedNode:
         if lacks := [*missing(self._store, pod)]:
             waiting = {"reason": "CreateContainerConfigError", "message": "; ".join(lacks)}
             self._write(pod, phase="Pending", containerStatuses=[{"state": {"waiting": waiting}}])
-        elif pod["spec"].get("restartPolicy", "Always") == "Always" or "ray.io/cluster" in (pod["metadata"].get("labels") or {}):
+        elif pod["spec"].get("restartPolicy", "Always") == "Always" or "ray.io/cluster" in str(pod["metadata"]):
             self._write(pod, phase="Running", conditions=[{"type": "Ready", "status": self._outcome(pod, "True")}])
         else:
             self.ended.append(pod)

@@ -209,9 +209,11 @@ def test_an_uninstallation_leaves_what_is_to_be_kept_and_nothing_else(cluster: C
     def left() -> set[tuple[str, str]]:
         return {(each["kind"], each["metadata"]["name"]) for each in cluster.store.everything(NAMESPACE)} - before
 
-    cluster.store.until(lambda: left() == keep or None, 20)
+    # helm leaves hooks alone: the last test's pod, with its log, until the next one.
+    assert cluster.store.until(lambda: left() == keep | {("Pod", "demo-merger-smoke")} or None, 20), left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_scenario_is_installed_upgraded_and_uninstalled(scenario: str, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")

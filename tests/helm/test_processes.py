@@ -131,7 +131,10 @@ def test_helm_test_passes(release: Release) -> None:
 
 
 def test_an_upgrade_in_the_middle_of_a_job_loses_nothing(release: Release) -> None:
-    """Every pod of the service is replaced while the tasks of a job stand still; then it goes on."""
+    """Every pod of the service is replaced while the tasks of a job stand still; then it goes on.
+
+    Its paths are relative: they begin in the shared volume, in every pod.
+    """
     write_run(release.models / "run", SHARDS, 4)
     job = release.submit(recipe(Path("run"), "averaged", 4))
     stopped = until(release.halted_tasks, 120)

@@ -109,6 +109,7 @@ def _as_chart(objects: Sequence[Object], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_last_release_is_upgraded(scenario: str, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
