@@ -1,15 +1,17 @@
-"""Writes what follows from the chart's values.yaml: descriptions and defaults in its schema, the table of its README.
+"""Writes what follows from the chart's values.yaml: descriptions and defaults in its schema, tables of its README.
 
     python docs/make_chart.py
 
 Knows how values.yaml is commented: `# -- text` above a key, and lines after it that go on. A key with such a comment is
 one entry, whatever stands below it, unless something below has comments too. Types and bounds stand in the schema by
-hand, but for `settings`: those come from the service's own model.
+hand, but for `settings`: those come from the service's own model. The comment that a scenario in ci/ begins with says
+what it is for.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from api.settings import Settings
 
 CHART = Path(__file__).parents[1] / "helm"
 BEGIN, END = "<!-- values: made by docs/make_chart.py -->\n", "<!-- end of values -->"
+SCENARIOS_BEGIN, SCENARIOS_END = "<!-- scenarios: made by docs/make_chart.py -->\n", "<!-- end of scenarios -->"
 
 # Fields of the settings that the chart sets itself, and from which of its values.
 DERIVED = {
@@ -88,10 +91,11 @@ def _comment(lines: list[str], line: int) -> str:
     return ""
 
 
-def settings() -> list[Entry]:
-    """The fields of the service's settings that are set as they are."""
-    fields = {name: field for name, field in _model().items() if name not in DERIVED}
-    return [Entry(("settings", name), field["description"], field.get("default")) for name, field in fields.items()]
+def settings(documented: list[Entry]) -> list[Entry]:
+    """The fields of the service's settings that are set as they are, without those that the values file has."""
+    all_ = [Entry(("settings", name), field["description"], field.get("default")) for name, field in _model().items()]
+    taken = {entry.path for entry in documented}
+    return [entry for entry in all_ if entry.path[1] not in DERIVED and entry.path not in taken]
 
 
 def _model() -> dict[str, Schema]:
@@ -136,6 +140,25 @@ def table(documented: list[Entry]) -> str:
     return "\n".join(["| key | default | what it is |", "|---|---|---|", *rows, ""])
 
 
+def scenarios() -> str:
+    """The scenarios as rows of a table in Markdown. Raises ValueError where one does not say what it is for."""
+    rows = [f"| `ci/{path.name}` | {_cell(_heading(path))} |" for path in sorted((CHART / "ci").glob("*.yaml"))]
+    return "\n".join(["| values | for |", "|---|---|", *rows, ""])
+
+
+def _heading(path: Path) -> str:
+    lines = takewhile(lambda line: line.startswith("# "), path.read_text().splitlines())
+    heading = " ".join(line.removeprefix("# ") for line in lines)
+    if not heading:
+        raise ValueError(f"{path.name} does not begin with a comment that says what it is for")
+    return heading
+
+
+def _between(text: str, begin: str, end: str, made: str) -> str:
+    before, rest = text.split(begin)
+    return before + begin + made + end + rest.split(end)[1]
+
+
 def _shown(default: Any) -> str:
     return "" if default is None else _cell(f"`{json.dumps(default, ensure_ascii=False)}`")
 
@@ -148,12 +171,12 @@ def made() -> dict[Path, str]:
     """The files with what is made, each as it should stand."""
     documented = entries((CHART / "values.yaml").read_text())
     schema = filled(json.loads((CHART / "values.schema.json").read_text()), documented)
-    at = [entry.path for entry in documented].index(("settings",)) + 1
-    before, rest = (CHART / "README.md").read_text().split(BEGIN)
-    after = rest.split(END)[1]
+    at = max(i for i, entry in enumerate(documented, 1) if entry.path[0] == "settings")
+    readme = _between((CHART / "README.md").read_text(), SCENARIOS_BEGIN, SCENARIOS_END, scenarios())
+    values = table([*documented[:at], *settings(documented), *documented[at:]])
     return {
         CHART / "values.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
-        CHART / "README.md": before + BEGIN + table([*documented[:at], *settings(), *documented[at:]]) + END + after,
+        CHART / "README.md": _between(readme, BEGIN, END, values),
     }
 
 

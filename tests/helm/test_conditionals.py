@@ -593,6 +593,7 @@ TESTED = {
     ("_helpers.tpl", "if contains $name .Release.Name"),
     ("_helpers.tpl", "if .image.digest"),
     ("_validation.tpl", "with .Values.database.existingSecret"),  # off where the database is the bundled one
+    ("smoke/pod.yaml", 'if eq (dig "mode" "" (default dict .Values.storage)) "hub"'),
     ("postgresql/networkpolicy.yaml", 'range list "api" "dispatcher" "migrations"'),  # of constants
 }
 

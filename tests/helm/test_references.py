@@ -1,5 +1,7 @@
 """What objects of the chart say of each other, of the application and of Secrets made elsewhere is true."""
 
+import functools
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from api.app import create_app
+from api.dispatcher import Dispatcher
 from api.ray_jobs import RayJobs
 from api.settings import Settings
 from api.store.memory import MemoryStore
@@ -170,17 +173,26 @@ def test_a_scaled_deployment_has_no_replicas_of_its_own() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_probes_ask_routes_of_the_application(scenario: str) -> None:
-    app = create_app(Settings(), MemoryStore(), RayJobs("http://127.0.0.1:1", None))
-    routes = {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
-    asked = 0
-    for each in (pod(_scenario(scenario), name) for name in ("-api", "-dispatcher")):
-        for container in (each.spec["containers"][0],):
-            ports = {port["name"] for port in container["ports"]}
-            for name in ("startupProbe", "livenessProbe", "readinessProbe"):
-                asked += 1
-                assert container[name]["httpGet"]["path"] in routes
-                assert container[name]["httpGet"]["port"] in ports
-    assert asked == 6
+    for name, routes in _routes().items():
+        container = pod(_scenario(scenario), f"-{name}").spec["containers"][0]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["path"] in routes
+            assert container[probe]["httpGet"]["port"] in {port["name"] for port in container["ports"]}
+
+
+@functools.cache
+def _routes() -> dict[str, set[str]]:
+    """What each application answers to GET."""
+    settings, store, ray = Settings(), MemoryStore(), RayJobs("http://127.0.0.1:1", None)
+    apps = {"api": create_app(settings, store, ray)}
+    apps["dispatcher"] = (
+        importlib.import_module("api.dispatching").create_watched(Dispatcher(store, ray, settings), store)
+        if BUILT
+        else apps["api"]
+    )
+    return {
+        name: {path for path, ways in app.openapi()["paths"].items() if "get" in ways} for name, app in apps.items()
+    }
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
