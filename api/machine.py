@@ -90,11 +90,14 @@ class Succeeded(Happening):
 
 @dataclass(frozen=True)
 class Failed(Happening):
-    """The attempt ended with an error; `again` where another attempt may do better."""
+    """The attempt ended with an error; `again` where another attempt may do better. One that had to make room, as on a
+    machine that goes away, does not count among those that a job may have.
+    """
 
     number: int
     error: Problem
     again: bool
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ def _(happening: Succeeded, job: Job) -> Transition:
 def _(happening: Failed, job: Job) -> Transition:
     _expect_current(job, happening.number)
     _expect(job, State.STARTING, State.RUNNING)
+    job = job if happening.counts else replace(job, allowed=job.allowed + 1)
     return _attempt_over(job, happening.at, happening.error, "failed", again=happening.again)
 
 

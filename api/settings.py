@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     output_roots: Folders = Field(default=(), description="Folders below which results go, colon-separated.")
     shared_folders: bool = Field(
         default=True,
-        description="Whether the API and all nodes see the same files. Where not, results are only pushed, and the tasks "
+        description="Whether the API and all nodes see the same files. Where not, results are only pushed, and tasks "
         "of a job run on its runner's node.",
     )
     object_roots: Addresses = Field(

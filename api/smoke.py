@@ -26,6 +26,7 @@ from merger.storage.safetensors import build_header
 from merger.storage.stores import in_store
 
 _FILE = "model.safetensors"
+_PLANNED = "this storage takes no result by itself: only the plan was checked, nothing was computed"
 _PAUSE = 0.5  # seconds between two questions
 _ENDED = frozenset({"succeeded", "failed", "canceled", "timed_out"})
 Tensors = Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]
@@ -67,7 +68,7 @@ class Service:
             time.sleep(_PAUSE)
 
 
-def recipe(output: Mapping[str, str]) -> dict[str, Any]:
+def recipe(output: Mapping[str, Any]) -> dict[str, Any]:
     """The average of the samples."""
     return {"method": "average", "checkpoints": [str(path) for path in samples()], "output": dict(output)}
 
@@ -126,14 +127,14 @@ def check_bytes(content: bytes) -> None:
             raise Wrong(f"{name} is {found[name].ravel()[:4]}..., not {value.ravel()[:4]}...")
 
 
-def place_below(root: str) -> dict[str, str]:
-    """Where a result goes, under a name that nobody else has."""
+def place_below(root: str) -> dict[str, Any]:
+    """Where a result goes, under a name that nobody else has. The samples are random numbers: anybody's."""
     name = f"merger-smoke-{uuid.uuid4()}"
     place = f"{root.rstrip('/')}/{name}" if root else name
-    return {"push": place} if in_store(place) else {"path": place}
+    return {"push": place, "accept_license": True} if in_store(place) else {"path": place}
 
 
-def smoke(service: Service, output: Mapping[str, str]) -> Iterator[str]:
+def smoke(service: Service, output: Mapping[str, Any]) -> Iterator[str]:
     """Run the job and check its result; what is seen on the way. Raises Wrong."""
     job = service.ask("POST", "/v1/jobs", {"recipe": recipe(output), "labels": {"merger": "smoke"}})
     path = f"/v1/jobs/{job['id']}"
@@ -166,18 +167,34 @@ def _bytes_of(service: Service, path: str) -> str:
     return f"all {len(answer.content):,} bytes of the file are right"
 
 
-def plan(service: Service, output: Mapping[str, str]) -> Iterator[str]:
+def plan(service: Service, output: Mapping[str, Any]) -> Iterator[str]:
     """See that the job could run. Raises Wrong."""
-    found = service.ask("POST", "/v1/jobs:validate", {"recipe": recipe(output)})
+    answer = service.response("POST", "/v1/jobs:validate", {"recipe": recipe(output)})
+    if _no_folders(answer):
+        yield "the recipe was planned; its folder is refused, as it must be where the machines share none"
+        yield _PLANNED
+        return
+    if not answer.is_success:
+        raise Wrong(f"POST /v1/jobs:validate: {answer.status_code} {answer.text[:2000]}")
+    found = answer.json()
     yield f"plan {found['fingerprint']}: {found['shards']} shard, {found['bytes_written']:,} bytes"
     expected = sum(value.size for value in average().values())
     if found["parameters"] != expected:
         raise Wrong(f"the plan has {found['parameters']} parameters, not {expected}")
-    yield "this storage takes no result by itself: only the plan was checked, nothing was computed"
+    yield _PLANNED
+
+
+def _no_folders(answer: httpx2.Response) -> bool:
+    """Whether a service takes no folder as an output, which it says when all else is right."""
+    if answer.status_code != httpx2.codes.UNPROCESSABLE_CONTENT:
+        return False
+    pointers = [error["pointer"] for error in answer.json().get("errors", ())]
+    return pointers == ["/recipe/output/path"] and "share none" in answer.json()["detail"]
 
 
 def _root_of(settings: Settings) -> str:
-    roots = settings.output_roots or settings.object_roots
+    """Where results may go: a folder that all see, else an object store, else nowhere."""
+    roots = (settings.output_roots if settings.shared_folders else ()) or settings.object_roots
     return str(roots[0]) if roots else ""
 
 
@@ -195,7 +212,9 @@ def main(output: str, plan_only: bool, seconds: float) -> None:
         settings = read_settings()
     key = settings.api_key.get_secret_value() if settings.api_key else ""
     headers = {"Authorization": f"Bearer {key}"}
-    place = place_below(output or _root_of(settings))
+    root = output or _root_of(settings)
+    plan_only = plan_only or not (root or settings.shared_folders)
+    place = place_below(root)
     try:
         with httpx2.Client(base_url=settings.url, headers=headers, timeout=30.0, trust_env=False) as http:
             service = Service(http, time.monotonic() + seconds)

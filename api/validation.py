@@ -51,10 +51,6 @@ def validate(
 ) -> Validated:
     """See that a recipe can run here. Raises RequestError; everything known from headers is refused here."""
     document = document_of(recipe)
-    if not settings.shared_folders and document.output.path is not None:
-        raise RecipeError(
-            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
-        )
     output = _output_of(document, settings)
     _admit_output(output, settings)
     if document.output.push and in_store(document.output.push):
@@ -62,6 +58,10 @@ def validate(
     sources = LocalSources(roots_of(settings), partial(access_for, hub_token), settings.object_roots)
     destination = destination_of(document.output, sources.hub)
     plan, _ = plan_of(document, Options(settings.task_memory), sources)
+    if not settings.shared_folders and document.output.path is not None:
+        raise RecipeError(
+            "is a folder, and the machines of this service share none", where="output.path", remedy="Name output.push."
+        )
     if destination:
         check_license(document, plan, destination)
         destination.check(plan)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, or of the container that it is in. Knows Linux; knows nothing of the work."""
+"""What this process may use of its machine, or of the container that it is in. Knows Linux; knows no work."""
 
 import math
 import os

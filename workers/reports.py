@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -71,7 +71,8 @@ class Order:
 
 
 def order_of(content: Mapping[str, Any]) -> Order:
-    """The order that was sent so."""
+    """The order that was sent so. What a later version of the API says beside it is not for this one."""
+    content = {field.name: content[field.name] for field in fields(Order) if field.name in content}
     roots = {name: tuple(content[name]) for name in ("source_roots", "object_roots")}
     token = content.get("hub_token")
     return Order(**{**content, **roots, "hub_token": Token(token) if token else None})

@@ -82,6 +82,9 @@ class Attempt:
         except Superseded:
             raise
         except Exception as error:
+            if isinstance(error.__cause__, _Stopped):  # Ray's compiled code makes a SystemError of what interrupts it
+                self._after_stop()
+                return
             self._say(traceback.format_exc())
             self._fail(JobError(f"{type(error).__name__}: {error}"), again=True)
         else:
@@ -101,9 +104,9 @@ class Attempt:
             self._staging.remove()
             self._reporter.finish("canceled", {})
         else:
-            self._fail(JobError("the runner was asked to stop; what is finished is kept"), again=True)
+            self._fail(JobError("the runner was asked to stop; what is finished is kept"), again=True, counts=False)
 
-    def _fail(self, error: MergerError, *, again: bool) -> None:
+    def _fail(self, error: MergerError, *, again: bool, counts: bool = True) -> None:
         if not again:
             self._staging.remove()
         self._say(f"failed: {error}")
@@ -113,7 +116,7 @@ class Attempt:
             "where": error.where,
             "remedy": error.remedy,
         }
-        self._reporter.finish("failed", {"error": problem, "again": again})
+        self._reporter.finish("failed", {"error": problem, "again": again, "counts": counts})
 
     # ---- the work -------------------------------------------------------------------------------------
 

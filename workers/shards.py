@@ -1,7 +1,8 @@
 """One Ray task for each shard. Knows Ray's tasks and how they die; knows nothing of the API.
 
-A task streams numbers (bytes that it has written), signs while it uploads, and at last the shard's receipt. A task
-whose process died is run again, under another name for its unfinished file, unless the shard turns out to be finished.
+A task streams a sign that it has begun, numbers (bytes that it has written), signs while it uploads, and at last the
+shard's receipt. A task whose process died is run again, under another name for its unfinished file, unless the shard
+turns out to be finished. As long as no task could begin, because its node has still to come, that is no standstill.
 """
 
 import os
@@ -29,12 +30,17 @@ from workers.resources import Request
 _MOST_DEATHS = 4  # of the processes that work on one shard
 _IN_FLIGHT = 64  # tasks that Ray knows of at once: their plans lie in its store
 _TELL = 0.25  # seconds between two numbers of a task
+_WAIT = 30.0  # seconds between two signs that no task could begin yet
 
 
 class Uploading:
     """A sign that work goes on which writes nothing: a shard is on its way to the destination, or a tensor is made as
     a whole.
     """
+
+
+class Begun:
+    """A sign that a task has found its place."""
 
 
 Said = int | Uploading | Receipt
@@ -55,9 +61,12 @@ class Work:
     place: Path = field(default_factory=Path.cwd)
 
 
-def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said]:
-    """What a task does: numbers of bytes as they are written, signs while it uploads, then the receipt."""
+def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said | Begun]:
+    """What a task does: that it has begun, numbers of bytes as they are written, signs while it uploads, then the
+    receipt.
+    """
     os.chdir(work.place)
+    yield Begun()
     kernels.load()
     written: queue.SimpleQueue[Said | BaseException] = queue.SimpleQueue()
 
@@ -113,6 +122,7 @@ class _Task:
     shard: Shard
     stream: Any
     written: int = 0
+    begun: bool = False
 
 
 class ShardTasks:
@@ -131,6 +141,7 @@ class ShardTasks:
         self._on_upload = on_upload
         self._tasks: dict[Any, _Task] = {}
         self._deaths: dict[str, int] = {}
+        self._told = time.monotonic()
         self._remote: Any = ray.remote(write_shard).options(
             **options_of(work.request), num_returns="streaming", max_retries=0
         )
@@ -149,6 +160,7 @@ class ShardTasks:
                 receipt = self._advance(stream)
                 if receipt:
                     receipts.append(receipt)
+            self._tell_waiting()
         return receipts
 
     def stop(self) -> None:
@@ -156,6 +168,14 @@ class ShardTasks:
         for task in self._tasks.values():
             ray.cancel(task.stream, force=True)
         self._tasks.clear()
+
+    def _tell_waiting(self) -> None:
+        """Give a sign from time to time while every task waits for a node; a task that stands still hides no more."""
+        if not self._tasks or any(task.begun for task in self._tasks.values()) or time.monotonic() < self._told + _WAIT:
+            return
+        self._told = time.monotonic()
+        self._say("no task could begin yet: the cluster has no room for one now")
+        self._on_upload()
 
     def _submit(self, shard: Shard) -> None:
         execution = f".{self._attempt}.{self._deaths.get(shard.name, 0)}"
@@ -173,6 +193,9 @@ class ShardTasks:
             del self._tasks[stream]
             self._on_bytes(-task.written)
             return self._after_death(task.shard, error)
+        task.begun = True
+        if isinstance(said, Begun):
+            return None
         if isinstance(said, int):
             task.written += said
             self._on_bytes(said)

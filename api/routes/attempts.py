@@ -20,7 +20,9 @@ router = APIRouter(prefix="/v1/internal/jobs/{job:uuid}/attempts/{number:int}", 
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """What a runner of this version says; one of a later version, while both are there, may say more."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class _Claim(_Body):
@@ -47,6 +49,7 @@ class _Result(_Body):
 class _Failure(_Body):
     error: Problem
     again: bool
+    counts: bool = True
 
 
 class _Nothing(_Body):
@@ -113,7 +116,7 @@ def failed(job: UUID, number: int, body: _Failure, context: InContext, credentia
     before, now = _speaking(context, job, number, credentials), time.time()
     if before.state is State.CANCELING:
         return {}  # the dispatcher sweeps
-    return _end(context, job, number, credentials, machine.Failed(now, number, body.error, body.again))
+    return _end(context, job, number, credentials, machine.Failed(now, number, body.error, body.again, body.counts))
 
 
 @router.post("/canceled")

@@ -209,3 +209,13 @@ def test_any_life_keeps_the_invariants(life: list[Happening]) -> None:
         assert job.state is not OK or job.attempt.granted
         assert before.state not in ENDED or isinstance(happening, RetryAsked)
         assert before.attempts == job.attempts[: len(before.attempts)] or len(before.attempts) == len(job.attempts)
+
+
+def test_an_attempt_that_had_to_make_room_does_not_count() -> None:
+    moved = Failed(10, 1, ERROR, again=True, counts=False)
+    job = replace(job_in(R), allowed=1)
+    assert transition(replace(moved, counts=True), job)[0].state is FAIL
+    after, _ = transition(moved, job)
+    assert after.state is Q
+    assert after.allowed == 2
+    assert after.attempt.error == ERROR

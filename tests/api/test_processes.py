@@ -1,14 +1,11 @@
 """The API and the dispatcher as processes of their own: what they say while they cannot work, and how they end."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -20,39 +17,7 @@ from api.store.migrate import migrate
 from api.store.sql import SqlStore
 from tests.api.ray import ScriptedRay
 from tests.api.store.databases import database
-from tests.service.processes import free_port, until
-
-
-class Process:
-    """`python -m MODULE --port ...` with these settings; its log line by line."""
-
-    def __init__(self, folder: Path, module: str, **settings: str) -> None:
-        self.port, self.log = free_port(), folder / f"{module}.log"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MERGER_")}
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port)]
-        with self.log.open("wb") as file:
-            self.process = subprocess.Popen(command, env={**environment, **settings}, stderr=file, cwd=folder)
-
-    def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=30)
-
-    def up(self) -> "Process":
-        def look() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                return self.get("/livez").is_success
-            except httpx2.HTTPError:
-                return False
-
-        until(look)
-        return self
-
-    def lines(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+from tests.service.processes import Process, until
 
 
 @pytest.fixture

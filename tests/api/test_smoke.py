@@ -15,7 +15,7 @@ from api import smoke
 from api.settings import SAMPLES, Settings
 from api.validation import roots_of, validate
 from merger.cli.terminal import Silent
-from merger.errors import SourceError
+from merger.errors import MergerError, SourceError
 from merger.recipe import make_document
 from merger.run import Options, run
 from tests.checkpoints import write_safetensors
@@ -226,6 +226,12 @@ def test_a_plan_alone_is_checked_and_nothing_is_submitted(monkeypatch: pytest.Mo
         ({"MERGER_OBJECT_ROOTS": "s3://c/d/"}, (), "push", "s3://c/d/merger-smoke-"),
         ({"MERGER_OUTPUT_ROOTS": "/a"}, ("--output", "s3://c/"), "push", "s3://c/merger-smoke-"),
         ({}, (), "path", "merger-smoke-"),
+        (
+            {"MERGER_OUTPUT_ROOTS": "/a", "MERGER_OBJECT_ROOTS": "s3://c/", "MERGER_SHARED_FOLDERS": "false"},
+            (),
+            "push",
+            "s3://c/merger-smoke-",
+        ),
     ],
 )
 def test_the_result_goes_below_a_root(
@@ -250,3 +256,35 @@ def test_the_samples_may_be_read_beside_the_roots_and_nothing_else(tmp_path: Pat
         with pytest.raises(SourceError):
             roots_of(settings).admit(foreign, "x")
     assert Settings().readable_roots == (), "without roots everything may be read, as before"
+
+
+# ---- a service whose results go to the Hub alone ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("detail", "code"), [("is a folder, and the machines share none", 0), ("too small", 1)])
+def test_without_a_place_for_results_the_plan_is_checked(
+    monkeypatch: pytest.MonkeyPatch, detail: str, code: int
+) -> None:
+    monkeypatch.setenv("MERGER_SHARED_FOLDERS", "false")
+    monkeypatch.setenv("MERGER_OUTPUT_ROOTS", "/scratch")
+    refusal = {"detail": detail, "errors": [{"pointer": "/recipe/output/path", "detail": detail}]}
+
+    class Refusing(Scripted):
+        def __call__(self, request: httpx2.Request) -> httpx2.Response:
+            self.asked.append((request.method, request.url.path))
+            return httpx2.Response(422, json=refusal)
+
+    api = Refusing([], httpx2.Response(404))
+    done = go(monkeypatch, api)
+    assert done.exit_code == code
+    assert ("only the plan was checked" in done.stdout) == (code == 0)
+    assert api.asked == [("POST", "/v1/jobs:validate")]
+
+
+def test_a_service_without_shared_folders_refuses_one_last_of_all(tmp_path: Path) -> None:
+    settings = Settings(shared_folders=False, output_roots=(tmp_path,), working_folder=tmp_path)
+    with pytest.raises(MergerError, match="share none"):
+        validate(smoke.recipe({"path": "out"}), settings)
+    with pytest.raises(MergerError) as raised:
+        validate({**smoke.recipe({"path": "out"}), "checkpoints": [str(tmp_path / "none")]}, settings)
+    assert "share none" not in str(raised.value), "what is wrong with the recipe comes first"

@@ -8,7 +8,7 @@ import yaml
 
 from api.settings import Settings
 from api.validation import validate
-from merger.errors import SourceError
+from merger.errors import NotEnoughDisk, RecipeError, SourceError
 from tests.checkpoints import write_model
 from tests.object_server.fixtures import Bucket
 
@@ -41,3 +41,25 @@ def test_a_file_of_several_mergekit_configurations(tmp_path: Path) -> None:
     outside = yaml.safe_dump({**first, "base_model": "/somewhere/else", "output": {"path": "out"}})
     with pytest.raises(SourceError, match="outside"):
         validate(outside, settings)
+
+
+def test_without_shared_folders_results_are_only_pushed(bucket: Bucket, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {"x": np.ones(8, np.float32)}, {"model_type": "llama"})
+    bucket.put(model, "models/a")
+    # A disk that the API has no room on is not the disk on which the job works.
+    settings = Settings(
+        output_roots=(Path("/proc/none"),),
+        working_folder=tmp_path,
+        object_roots=(bucket.url(""),),
+        shared_folders=False,
+    )
+    recipe = {"method": "average", "checkpoints": [bucket.url("models/a")]}
+    pushed = {**recipe, "output": {"push": bucket.url("out"), "accept_license": True}}
+    assert validate(pushed, settings).plan["output"] == bucket.url("out")
+    kept = {**recipe, "output": {"push": bucket.url("out"), "path": "/proc/none/out"}}
+    with pytest.raises(RecipeError, match=r"output\.path"):
+        validate(kept, settings)
+    with pytest.raises(RecipeError, match=r"output\.path"):
+        validate({**recipe, "output": {"path": "/proc/none/out"}}, settings)
+    with pytest.raises(NotEnoughDisk):  # nothing can be made there, which the API would see if the folders were shared
+        validate(pushed, settings.model_copy(update={"shared_folders": True}))

@@ -6,10 +6,6 @@ there is time to kill; nothing depends on how fast a machine is.
 
 import contextlib
 import json
-import os
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,22 +14,10 @@ import httpx2
 import psutil
 import pytest
 
-from merger.cli.terminal import Silent
-from merger.recipe import make_document
-from merger.run import Options, run
 from merger.staging import JOBS
-from tests.service.processes import Cluster, Service, free_port, kill_tree, lives, recipe, until, write_run
-
-SHARDS = 12
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run, and in `expected` what `merger run` makes of it."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_run(folder / "run", SHARDS)
-    run(make_document(recipe(folder / "run", str(folder / "expected"))), Options(), Silent())
-    return folder
+from tests.service.conftest import Postgres
+from tests.service.halfway import SHARDS, Halfway
+from tests.service.processes import Cluster, Service, kill_tree, lives, recipe, until, write_run
 
 
 @pytest.fixture
@@ -59,65 +43,6 @@ def cluster(expected: Path, tmp_path: Path) -> Iterator[tuple[Service, Cluster]]
     finally:
         service.stop()
         cluster.stop()
-
-
-class Halfway:
-    """A job in the middle: some shards are finished, and everything that works on the others stands still."""
-
-    def __init__(self, service: Service, expected: Path) -> None:
-        self.service, self.expected = service, expected
-        self.output = service.folder / "out"
-        self.job = service.submit(recipe(expected / "run", "out"))
-        until(lambda: len(self.receipts()) >= 3, 60, 0.002)
-        self.stopped = self.stop_work()
-        self.finished = {path.name.removesuffix(".json"): self.identity(path) for path in self.receipts()}
-        assert 3 <= len(self.finished) < SHARDS, "the machine was too fast to stop the job in the middle"
-
-    def stop_work(self) -> list[psutil.Process]:
-        """Stop what has a shard in the making: before and after it, a worker's title is the same for a moment."""
-        return until(lambda: [process for process in self.service.processes("write_shard") if self._stop(process)])
-
-    @staticmethod
-    def _stop(process: psutil.Process) -> bool:
-        """Stop a process; whether it has an unfinished shard open."""
-        with contextlib.suppress(psutil.Error):
-            process.suspend()
-            if any(".safetensors." in file.path for file in process.open_files()):
-                return True
-            process.resume()
-        return False
-
-    def go_on(self) -> None:
-        for process in self.stopped:
-            with contextlib.suppress(psutil.Error):
-                process.resume()
-
-    def receipts(self) -> list[Path]:
-        staging = self.service.folder / JOBS
-        return [path for path in staging.glob("*/attempt-*/.merger/*.json") if path.name != "plan.json"]
-
-    @staticmethod
-    def identity(receipt: Path) -> tuple[int, int]:
-        status = (receipt.parents[1] / receipt.name.removesuffix(".json")).stat()
-        return status.st_ino, status.st_mtime_ns
-
-    def check(self) -> None:
-        """The job succeeds; bytes, finished shards, events and staging are as they must be."""
-        job = self.service.ended(self.job)
-        assert job["state"] == "succeeded", (job["error"], self.service.http.get(f"/v1/jobs/{self.job}/logs").text)
-        for path in sorted((self.expected / "expected").glob("*.safetensors")):
-            assert (self.output / path.name).read_bytes() == path.read_bytes(), path.name
-        for name, identity in self.finished.items():
-            status = (self.output / name).stat()
-            assert (status.st_ino, status.st_mtime_ns) == identity, f"{name} was made twice"
-        events = self.service.events(self.job)
-        assert [event["id"] for event in events] == list(range(1, len(events) + 1))
-        told = [event["data"] for event in events if event["kind"] == "shard"]
-        made = [data["file"] for data in told if not data["adopted"]]
-        assert len(made) == len(set(made)), "a shard was finished twice"
-        assert {data["file"] for data in told} == {file["name"] for file in job["result"]["files"]}
-        assert events[-1]["kind"] == "succeeded"
-        assert not (self.service.folder / JOBS).exists()
 
 
 @pytest.mark.slow
@@ -221,44 +146,6 @@ def test_cancel_leaves_nothing(service: Service, expected: Path, phase: str) -> 
 
 
 # ---- the database -------------------------------------------------------------------------------------
-
-_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-
-
-class Postgres:
-    """A PostgreSQL server of the test's own, which it may stop."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.folder.mkdir()
-        shutil.chown(folder, "postgres", "postgres")
-        self._run("initdb", "--auth=trust", "--username=postgres")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-
-    def start(self) -> None:
-        self._run("pg_ctl", "start", "--wait", "-o", f"-p {self.port} -c unix_socket_directories=", "-l", "log")
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "stop", "--mode=immediate")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        command = ["runuser", "-u", "postgres", "--", str(_BINARIES[-1] / program), "-D", str(self.folder), *arguments]
-        subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def postgres() -> Iterator[Postgres]:
-    if not _BINARIES or os.geteuid() != 0:
-        pytest.skip("needs PostgreSQL's programs and the right to start a server as another user")
-    with tempfile.TemporaryDirectory() as name:  # not below pytest's folder, which only root may enter
-        Path(name).chmod(0o755)
-        server = Postgres(Path(name) / "database")
-        server.start()
-        yield server
-        server.stop()
 
 
 @pytest.mark.slow

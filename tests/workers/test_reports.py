@@ -170,3 +170,7 @@ def test_nothing_that_is_told_holds_the_token(words: queue.SimpleQueue[Word]) ->
     ]
     [event] = [e for what, content in scripted.asked if what == "report" for e in content["events"]]
     assert event["data"] == {"title": "***", "taken": ["a ***", 3, None], "nested": {"where": ["***"]}}
+
+
+def test_an_order_of_a_later_api_is_understood() -> None:
+    assert order_of({**ORDER, "of_a_later_version": [1]}) == order_of(ORDER)

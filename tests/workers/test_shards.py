@@ -17,7 +17,7 @@ from merger.uploads import Uploads
 from tests.service.processes import recipe, write_run
 from tests.shelf import Shelf
 from workers.resources import INTERPRETER, TaskSize, request_for
-from workers.shards import ShardTasks, Uploading, Work, write_shard
+from workers.shards import Begun, ShardTasks, Uploading, Work, write_shard
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def ignore(*_: object) -> None:
 
 
 def test_a_task_says_its_bytes_and_then_its_receipt(plan: Plan, tmp_path: Path) -> None:
-    *numbers, receipt = write_shard(plan.shards[1], work_in(plan, tmp_path), ".1.0")
+    begun, *numbers, receipt = write_shard(plan.shards[1], work_in(plan, tmp_path), ".1.0")
+    assert isinstance(begun, Begun)
     assert sum(number for number in numbers if isinstance(number, int)) == plan.shards[1].data_size
     assert isinstance(receipt, Receipt)
     assert (receipt.file, receipt.size) == (plan.shards[1].name, plan.shards[1].size)
@@ -132,3 +133,63 @@ def test_a_task_gives_signs_while_it_uploads_and_only_as_long_as_an_upload_may_t
     monkeypatch.setattr(uploads, "_SLOWEST", 1e12)
     told = [*write_shard(plan.shards[1], work_in(plan, tmp_path, shelf), "")]
     assert not [said for said in told if isinstance(said, Uploading)], "it stands still, as far as anybody can tell"
+
+
+# ---- tasks that wait for a node -----------------------------------------------------------------------
+
+
+class Done(Exception):
+    """The test has seen enough."""
+
+
+class Queue:
+    """A cluster whose tasks say, look by look, what a test lets them."""
+
+    def __init__(self, looks: list[object]) -> None:
+        self.looks, self.signs, self.lines = looks, 0, list[str]()
+
+    def remote(self, *_: object) -> "Queue":
+        return self
+
+    def wait(self, streams: list[object], **_: object) -> tuple[list[object], list[object]]:
+        if not self.looks:
+            raise Done
+        if self.looks[0] is None:
+            self.looks.pop(0)
+            return [], streams
+        return streams, []
+
+    def __next__(self) -> object:
+        return self.looks.pop(0)
+
+    def sign(self) -> None:
+        self.signs += 1
+
+
+@pytest.mark.parametrize(
+    ("looks", "signs"), [([None] * 3, 3), ([Begun(), None, None, None], 0), ([None, None, Begun(), None], 2)]
+)
+def test_tasks_that_could_not_begin_are_no_standstill_and_others_are(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: list[object], signs: int
+) -> None:
+    cluster = Queue(list(looks))
+    monkeypatch.setattr("workers.shards._WAIT", 0.0)
+    monkeypatch.setattr("workers.shards.ray.wait", cluster.wait)
+    monkeypatch.setattr("workers.shards.ray.get", lambda said: said)
+    tasks = ShardTasks(work_in(plan, tmp_path), 1, ignore, ignore, cluster.lines.append, cluster.sign)
+    tasks._remote = cluster
+    with pytest.raises(Done):
+        tasks.run(plan.shards[:1])
+    assert cluster.signs == signs
+    assert len(cluster.lines) == signs
+    assert all("no room" in line for line in cluster.lines)
+
+
+def test_a_sign_is_given_now_and_then(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Queue([None] * 100)
+    monkeypatch.setattr("workers.shards.ray.wait", cluster.wait)
+    tasks = ShardTasks(work_in(plan, tmp_path), 1, ignore, ignore, cluster.lines.append, cluster.sign)
+    tasks._remote = cluster
+    with pytest.raises(Done):
+        tasks.run(plan.shards[:1])
+    assert cluster.signs == 0, "a hundred looks took no half minute"
