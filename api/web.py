@@ -1,5 +1,7 @@
 """`python -m api.web`: the API alone, over HTTP. Knows what it is made of; another process dispatches."""
 
+import os
+
 import click
 
 from api.app import create_app
@@ -15,6 +17,8 @@ from api.store.sql import SqlStore
 def main(host: str, port: int) -> None:
     """Take jobs over HTTP; `python -m api.dispatching` runs them. Settings are MERGER_ variables."""
     settings = begin()
+    # Sources are looked up as they are written, here as in a runner.
+    os.chdir(settings.working_folder)
     store = SqlStore(settings.database_url)
     with refusals(), listening(host, port) as listener, connect(settings) as ray:
         app = create_app(settings, store, ray, dispatching=False)

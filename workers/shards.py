@@ -5,11 +5,12 @@ shard's receipt. A task whose process died is run again, under another name for 
 turns out to be finished. As long as no task could begin, because its node has still to come, that is no standstill.
 """
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ Said = int | Uploading | Receipt
 @dataclass(frozen=True)
 class Work:
     """Everything that a task needs beside its shard: remote files in `cached` are downloaded whole, a finished shard is
-    uploaded to the `destination`.
+    uploaded to the `destination`. Relative paths of sources begin at `place`, where the runner stands.
     """
 
     folder: Path
@@ -57,12 +58,14 @@ class Work:
     request: Request
     cached: Collection[str] = ()
     destination: Destination | None = None
+    place: Path = field(default_factory=Path.cwd)
 
 
 def write_shard(shard: Shard, work: Work, execution: str) -> Iterator[Said | Begun]:
     """What a task does: that it has begun, numbers of bytes as they are written, signs while it uploads, then the
     receipt.
     """
+    os.chdir(work.place)
     yield Begun()
     kernels.load()
     written: queue.SimpleQueue[Said | BaseException] = queue.SimpleQueue()
