@@ -91,11 +91,10 @@ def validate(
         "bytes_read": plan.read_size,
         "bytes_written": plan.size,
         "output": str(output) if document.output.path else document.output.push,
-        "needs": asdict(request),
+        "needs": asdict(needs),
         "notes": list(plan.checkpoint.notes),
         "warnings": list(plan.checkpoint.warnings),
     }
-    needs = Needs(request.cpus, request.gpus, request.memory)
     return Validated(json.loads(json.dumps(document.dump())), document, output, needs, summary)
 
 

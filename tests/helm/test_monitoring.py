@@ -27,7 +27,6 @@ from workers.reports import Progress
 
 DATABASE = {"database": {"existingSecret": "merger-database"}}
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
-WHOLE = pytest.mark.skipif(not {"ray", "storage"} <= VALUES.keys(), reason="a tree without the chart's Ray and storage")
 KINDS = {"serviceMonitor": "ServiceMonitor", "podMonitor": "PodMonitor", "prometheusRule": "PrometheusRule"}
 RUNBOOKS = CHART.parent / "docs" / "runbooks.md"
 # What Prometheus, its operator and Kubernetes put on every sample.
@@ -138,7 +137,6 @@ def test_the_pod_monitor_asks_every_port_of_ray_and_its_labels_are_those_that_ex
     assert {re.sub(r"[./-]", "_", label) for label in monitor["podTargetLabels"]} <= TARGET
 
 
-@WHOLE
 def test_a_cluster_of_somebody_else_has_no_pod_monitor() -> None:
     values = {**DATABASE, "monitoring": {"podMonitor": {"enabled": True}}}
     external = {"external": {"url": "http://ray-head:8265"}, "auth": {"existingSecret": "ray-token"}}
@@ -146,7 +144,6 @@ def test_a_cluster_of_somebody_else_has_no_pod_monitor() -> None:
     assert not every(render({**values, "ray": external}), "PodMonitor")
 
 
-@WHOLE
 def test_the_alert_for_volumes_watches_claims_that_are_named_to_the_release() -> None:
     storage = {"volume": {"existingClaim": "models"}, "modelCache": {"enabled": True, "existingClaim": "cache"}}
     values = {**DATABASE, "storage": storage, "monitoring": {"prometheusRule": {"enabled": True}}}

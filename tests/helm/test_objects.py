@@ -8,7 +8,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from tests.helm.cases import BUNDLED, Values, merged
-from tests.helm.chart import CHART, Object, every, find, pod, pods, render
+from tests.helm.chart import Object, every, find, pod, pods, render
 
 
 def _decoded(secret: Object) -> dict[str, str]:
@@ -112,7 +112,6 @@ def test_the_smoke_test_asks_the_service_and_runners_the_address_that_they_are_t
     assert _annotations(smoke.owner)["helm.sh/hook"] == "test"
 
 
-@pytest.mark.skipif(not (CHART / "ci" / "hub-only-values.yaml").exists(), reason="the storage is not part of this tree")
 def test_a_service_without_storage_is_asked_for_a_plan() -> None:
     assert "--plan-only" in pod(render(scenario="hub-only"), "-smoke").spec["containers"][0]["args"]
 

@@ -283,7 +283,6 @@ def test_fields_are_settings_of_the_chart_or_derived_by_it() -> None:
     assert fields == settable | (DERIVED.keys() & fields)
 
 
-@pytest.mark.skipif("ray" not in VALUES, reason="what follows from Ray and the storage is not part of this tree")
 def test_what_the_chart_derives_it_renders() -> None:
     rendered = {name for scenario in SCENARIOS for name in _variables(render(scenario=scenario))}
     assert DERIVED.keys() <= Settings.model_fields.keys()
