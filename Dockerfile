@@ -18,7 +18,7 @@ COPY merger merger
 COPY workers workers
 COPY api api
 # Every version is that of constraints.txt; what it does not name is refused by the check of tests/helm/test_image.py.
-RUN /opt/merger/bin/pip install --constraint constraints.txt '.[service,torch,objects,search,mergekit]' && /opt/merger/bin/pip check
+RUN /opt/merger/bin/pip install --constraint constraints.txt '.[service,torch,objects,search,mergekit,telemetry]' && /opt/merger/bin/pip check
 # Tests of libraries, and pip itself, are no part of a service.
 RUN /opt/merger/bin/pip uninstall --yes pip && find /opt/merger -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} +
 

@@ -26,6 +26,9 @@ scrapeTimeout: {{ .scrapeTimeout }}
 {{/* Sentences on what is wrong with the values, as in _validation.tpl. */}}
 {{- define "merger.wrong.monitoring" -}}
 {{- with .Values.monitoring }}
+{{- if and .telemetry.enabled (not .telemetry.endpoint) }}
+- "monitoring.telemetry.enabled needs monitoring.telemetry.endpoint: where the collector is."
+{{- end }}
 {{- if and (or .serviceMonitor.enabled .podMonitor.enabled .prometheusRule.enabled) (not ($.Capabilities.APIVersions.Has "monitoring.coreos.com/v1/ServiceMonitor")) }}
 - "The cluster does not know ServiceMonitor, PodMonitor and PrometheusRule: install the Prometheus operator, or set monitoring.*.enabled to false. For helm template give --api-versions monitoring.coreos.com/v1/ServiceMonitor."
 {{- end }}

@@ -108,8 +108,25 @@ resources:
 {{- define "merger.extraEnv" -}}
 - name: HOME
   value: /home/merger
+{{- if and .root.Values.monitoring.telemetry.enabled (has .component (list "api" "dispatcher")) }}
+{{ include "merger.telemetryEnv" . }}
+{{- end }}
 {{- with .values.extraEnv }}
 {{ tpl (toYaml .) $.root }}
+{{- end }}
+{{- end -}}
+
+{{/* What FastAPI and OpenTelemetry's libraries read. */}}
+{{- define "merger.telemetryEnv" -}}
+- name: FASTAPI_OTEL_AUTO_CONFIGURE
+  value: "true"
+- name: OTEL_SERVICE_NAME
+  value: {{ include "merger.fullname" .root }}-{{ .component }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ .root.Values.monitoring.telemetry.endpoint | quote }}
+{{- range $name, $value := .root.Values.monitoring.telemetry.env }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
 {{- end }}
 {{- end -}}
 

@@ -47,6 +47,20 @@
 {{- if and .Values.api.autoscaling.enabled (not (dig "requests" "cpu" "" .Values.api.resources)) }}
 - "api.autoscaling counts in requested processors, and api.resources.requests.cpu is not set."
 {{- end }}
+{{- with .Values.api.keda }}
+{{- if and .enabled $.Values.api.autoscaling.enabled }}
+- "api.keda.enabled and api.autoscaling.enabled would scale the same pods: unset one of them."
+{{- end }}
+{{- if and .enabled (not .triggers) }}
+- "api.keda.enabled needs api.keda.triggers: what the number of pods follows."
+{{- end }}
+{{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
+- {{ printf "api.keda.minReplicas (%d) is above maxReplicas (%d)." (int .minReplicas) (int .maxReplicas) | quote }}
+{{- end }}
+{{- if and .enabled (not ($.Capabilities.APIVersions.Has "keda.sh/v1alpha1/ScaledObject")) }}
+- "api.keda.enabled needs KEDA (keda.sh/v1alpha1), which this cluster does not have. (`helm template` does with --api-versions keda.sh/v1alpha1/ScaledObject.)"
+{{- end }}
+{{- end }}
 {{- $grace := dig "grace_seconds" 20.0 .Values.settings }}
 {{- if lt (float64 .Values.api.terminationGracePeriodSeconds) (addf .Values.api.preStopSeconds $grace) }}
 - {{ printf "api.terminationGracePeriodSeconds must have room for preStopSeconds and settings.grace_seconds: %v and more." (addf .Values.api.preStopSeconds $grace) | quote }}

@@ -9,6 +9,9 @@ BUNDLED: Values = {"database": {"existingSecret": ""}, "postgresql": {"enabled":
 POLICIES_OFF: Values = {"networkPolicy": {"enabled": False}}
 LOAD_BALANCER: Values = {"service": {"type": "LoadBalancer"}}
 SCALED: Values = {"api": {"autoscaling": {"enabled": True}}}
+TRIGGERS: Values = {"triggers": [{"type": "cron", "metadata": {"desiredReplicas": "4"}}]}
+KEDA: Values = {"api": {"keda": {"enabled": True, **TRIGGERS}}}
+TRACED: Values = {"monitoring": {"telemetry": {"enabled": True, "endpoint": "http://collector:4318"}}}
 INGRESSES: Values = {
     "ingress": {"enabled": True, "hosts": ["merger.example.org"]},
     "networkPolicy": {"ingressNamespaces": ["ingress"]},

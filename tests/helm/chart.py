@@ -18,6 +18,7 @@ CAPABILITIES = (
     "ray.io/v1/RayCluster",
     "monitoring.coreos.com/v1/ServiceMonitor",
     "gateway.networking.k8s.io/v1/HTTPRoute",
+    "keda.sh/v1alpha1/ScaledObject",
 )
 
 SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))

@@ -13,11 +13,13 @@ import pytest
 from tests.helm.cases import (
     BUNDLED,
     INGRESSES,
+    KEDA,
     LOAD_BALANCER,
     OWN_KEYS,
     POLICIES_OFF,
     ROUTES,
     SCALED,
+    TRACED,
     Values,
     merged,
     nested,
@@ -65,7 +67,29 @@ API_INGRESS = ("NetworkPolicy", "-api", "spec", "ingress", 0, "from")
 
 Case = tuple[str, str, Values, Values, tuple[Any, ...]]
 CASES: list[Case] = [
-    ("api/deployment.yaml", "if not .Values.api.autoscaling.enabled", {}, SCALED, (*API, "spec", "replicas")),
+    (
+        "api/deployment.yaml",
+        "if not (or .Values.api.autoscaling.enabled .Values.api.keda.enabled)",
+        {},
+        SCALED,
+        (*API, "spec", "replicas"),
+    ),
+    ("api/scaledobject.yaml", "with .Values.api.keda", KEDA, {}, ("ScaledObject", "-api")),
+    ("api/scaledobject.yaml", "if .enabled", KEDA, {}, ("ScaledObject", "-api")),
+    (
+        "_pod.tpl",
+        'if and .root.Values.monitoring.telemetry.enabled (has .component (list "api" "dispatcher"))',
+        TRACED,
+        {},
+        (*DISPATCHER, *POD, "containers", 0, "env", "OTEL_SERVICE_NAME"),
+    ),
+    (
+        "_pod.tpl",
+        "range $name, $value := .root.Values.monitoring.telemetry.env",
+        merged(TRACED, {"monitoring": {"telemetry": {"env": {"OTEL_TRACES_SAMPLER": "always_off"}}}}),
+        TRACED,
+        (*API, *POD, "containers", 0, "env", "OTEL_TRACES_SAMPLER"),
+    ),
     (
         "api/deployment.yaml",
         "with .Values.api.extraContainers",

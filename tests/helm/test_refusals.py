@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helm.cases import BUNDLED, INGRESSES, ROUTES, SCALED, Values, merged
+from tests.helm.cases import BUNDLED, INGRESSES, KEDA, ROUTES, SCALED, TRIGGERS, Values, merged
 from tests.helm.chart import Object, Refused, changed, find, render
 
 REFUSALS: list[tuple[str, Values, str, Values]] = [
@@ -34,6 +34,20 @@ REFUSALS: list[tuple[str, Values, str, Values]] = [
         {"api": {"autoscaling": {"enabled": True, "minReplicas": 7}}},
         "above maxReplicas",
         {"api": {"autoscaling": {"enabled": True, "minReplicas": 6}}},
+    ),
+    (
+        "if and .enabled $.Values.api.autoscaling.enabled",
+        merged(KEDA, SCALED),
+        "would scale the same pods",
+        KEDA,
+    ),
+    ("with .Values.api.keda", merged(KEDA, SCALED), "would scale the same pods", KEDA),
+    ("if and .enabled (not .triggers)", {"api": {"keda": {"enabled": True}}}, "needs api.keda.triggers", KEDA),
+    (
+        "if and .enabled (gt (int .minReplicas) (int .maxReplicas))",
+        {"api": {"keda": {"enabled": True, **TRIGGERS, "minReplicas": 9}}},
+        "above maxReplicas",
+        {"api": {"keda": {"enabled": True, **TRIGGERS, "minReplicas": 0}}},
     ),
     ("with .Values.api.autoscaling", {"api": {"autoscaling": {"enabled": True, "minReplicas": 7}}}, "above", SCALED),
     (
@@ -92,6 +106,12 @@ REFUSALS: list[tuple[str, Values, str, Values]] = [
         merged(INGRESSES, {"networkPolicy": {"ingressNamespaces": []}}),
         "name its namespace",
         merged(INGRESSES, {"networkPolicy": {"ingressNamespaces": [], "ingressFrom": [{"podSelector": {}}]}}),
+    ),
+    (
+        'if and .enabled (not ($.Capabilities.APIVersions.Has "keda.sh/v1alpha1/ScaledObject"))',
+        {**KEDA, "capabilities": ("ray.io/v1/RayCluster",)},
+        "needs KEDA",
+        KEDA,
     ),
     ("if $wrong", {"database": {"existingSecret": ""}}, "There is no database", {}),
 ]

@@ -12,7 +12,7 @@ from tests.helm.chart import CHART, HELM, SCENARIOS, Object, render
 
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 # Kinds whose definitions are not Kubernetes' own.
-FOREIGN = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/")
+FOREIGN = ("ray.io/", "monitoring.coreos.com/", "gateway.networking.k8s.io/", "keda.sh/")
 
 
 def _versions() -> list[str]:

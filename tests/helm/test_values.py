@@ -12,6 +12,7 @@ import yaml
 
 from api.settings import Settings
 from docs.make_chart import DERIVED, Entry, entries
+from tests.helm.cases import KEDA, TRACED
 from tests.helm.chart import CHART, SCENARIOS, Object, Refused, every, find, pods, render
 
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -142,6 +143,8 @@ def test_helm_says_where_a_value_is_wrong(values: dict[str, Any], where: str) ->
 # Values that show only beside others.
 BESIDE: dict[str, dict[str, Any]] = {
     "api.autoscaling": {"api": {"autoscaling": {"enabled": True}}},
+    "api.keda": KEDA,
+    "monitoring.telemetry": TRACED,
     "httpRoute": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]}},
     "postgresql.enabled": {"database": {"existingSecret": ""}},
     "networkPolicy.databaseTo": {"postgresql": {"enabled": False}, "database": {"existingSecret": "database"}},
@@ -161,6 +164,10 @@ OTHERS = {
     "image.digest": f"sha256:{'1' * 64}",
     "postgresql.image.digest": f"sha256:{'1' * 64}",
     "api.autoscaling.minReplicas": 5,
+    "api.keda.minReplicas": 5,
+    "api.keda.triggers": [{"type": "other"}],
+    "monitoring.telemetry.endpoint": "http://other:4318",
+    "monitoring.telemetry.env": {"OTEL_TRACES_SAMPLER": "other"},
     "service.type": "NodePort",
     "service.nodePort": 30099,
     "ingress.path": "/merger",
