@@ -73,7 +73,8 @@ class Service:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         own = {"MERGER_API_KEY": KEY, "MERGER_HEARTBEAT_SECONDS": "0.2", "MERGER_LEASE_SECONDS": "3"}
-        self.environment = {**os.environ, **own, **settings}
+        theirs = {name: value for name, value in os.environ.items() if not name.startswith("MERGER_TEST_")}
+        self.environment = {**theirs, **own, **settings}  # variables of the tests are no settings
         self.http = httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
         self.process: subprocess.Popen[bytes] | None = None
 

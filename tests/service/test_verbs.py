@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,16 @@ def test_the_key_is_made_once_and_works(tmp_path: Path) -> None:
         service.stop()
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the block, as one that watches what is gone would."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_a_watch_goes_on_over_a_restart_and_the_server_stops_cleanly(tmp_path: Path) -> None:
     write_run(tmp_path / "run", shards=3, megabytes=1)
     service = Service(tmp_path)
@@ -257,7 +268,7 @@ def test_a_watch_goes_on_over_a_restart_and_the_server_stops_cleanly(tmp_path: P
         job = service.submit(recipe(Path("run"), "out", 1))
         environment = {**os.environ, "MERGER_SERVER": service.url, "MERGER_API_KEY": KEY}
         command = [sys.executable, "-m", "merger", "watch", job]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as watching:
+        with ended(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)) as watching:
             assert watching.stderr
             assert watching.stderr.readline() == f"job {job}\n"
             assert watching.stderr.readline() == "queued: submitted\n"
@@ -268,6 +279,7 @@ def test_a_watch_goes_on_over_a_restart_and_the_server_stops_cleanly(tmp_path: P
             assert len(log) == 1, log  # nothing but `ready ...`
             service.start()
             said = watching.stderr.read()
+            watching.wait()
         assert watching.returncode == 0, said
         assert said.count("the service does not answer") == 1
         assert "finished model-00003-of-00003.safetensors" in said
