@@ -302,7 +302,7 @@ def resolve(document: Document, sources: Sources | None = None) -> Checkpoint:
     try:
         checkpoint = document.recipe.build(sources)
     except RecipeError as error:
-        path = path_of(document.recipe, error.within)
+        path = path_of(document.recipe, error.within) if error.within else ""
         if path and re.fullmatch(r"[\w.\[\]-]*", error.where):
             error.where = f"{path}.{error.where}".rstrip(".")
         raise
