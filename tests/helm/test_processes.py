@@ -158,12 +158,11 @@ def test_an_upgrade_in_the_middle_of_a_job_loses_nothing(release: Release) -> No
 
 def test_helm_test_fails_where_nothing_is_dispatched(release: Release) -> None:
     """The last test: it leaves the release without dispatchers."""
-    release.upgrade("--set", "smoke.activeDeadlineSeconds=20")
+    release.upgrade("--set", "smoke.activeDeadlineSeconds=70")  # a minute of them for the pod's start
     name = "demo-merger-dispatcher"
     release.cluster.store.change("Deployment", NAMESPACE, name, lambda each: each["spec"].update(replicas=0))
     release.cluster.settle()
     assert "demo-merger-smoke failed" in release.cluster.refused("test", "demo", "--timeout", "240s")
-    pod = release.cluster.get("Pod", "demo-merger-smoke")
-    assert pod
-    assert pod["status"]["reason"] == "DeadlineExceeded"
-    assert release.kubelet.log("demo-merger-smoke").splitlines()[-1] == "queued"
+    log = release.kubelet.log("demo-merger-smoke")
+    assert "queued" in log.splitlines()
+    assert "the job is still queued; it was cancelled" in log
