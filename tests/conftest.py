@@ -22,6 +22,17 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Two of torch's that wait for each other on a busy machine take a hundred times as long."""
+    import torch  # seconds, for the tests that need it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the folder of a training run: a tiny random Llama that drifts, saved by transformers as `step-N`.

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 import transformers
 
-from tests.family_files import kinds, problems_of, save, stored
+from tests.family_files import kinds, problems_of, save
 from tests.methods.making import make
+from tests.tiny import stored
 
 WEIGHTS = (0.25, 0.75)  # exact in binary: their sums in float64 are exact too
 DENSITY, T = 0.5, 0.75

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -173,15 +172,6 @@ def save(folder: Path, kind: str, seed: int) -> Path:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     made.save_pretrained(folder)
     return folder
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder under their names on disk."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    return found
 
 
 def problems_of(folder: Path, kind: str) -> list[str]:

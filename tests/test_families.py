@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from tests.families import MUST_BE_RIGHT, Row, examine
-from tests.family_files import kinds, stored
+from tests.family_files import kinds
+from tests.tiny import stored
 
 # What each must hold beside what every model has: weights that a merge by the names of a model in memory loses.
 HOLDS = {

@@ -11,13 +11,7 @@ from tests import tiny
 WINDOWS = [(5, 9, 3, 77, 12), (4, 4, 30), (8, 1, 2, 3, 50, 60)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two of torch's that wait for each other on a busy machine take a hundred times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

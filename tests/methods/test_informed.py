@@ -30,13 +30,7 @@ NAMES = ("a", "b", "c")
 TEXTS = {"a": [5, 9, 3, 77, 12, 40, 41], "b": [4, 4, 30, 11, 90], "c": [8, 1, 2, 3, 50, 61, 62, 63, 64]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two of torch's that wait for each other on a busy machine take a hundred times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def statistics_of(model: Path, kind: str, text: list[int], output: Path) -> Path:
